@@ -1,0 +1,1041 @@
+"""Tests of mailserver.py, as dialogues between a client (C:) and the server (S:).
+
+    python test_mailserver.py                  all of them
+    python test_mailserver.py WireTest         one group
+
+Each dialogue is played three times: line by line, all in one piece, and byte by byte. On an S: line
+"..." stands for any text; "S: (closed)" means that the server has hung up. On a C: line "\\n" at
+the end sends a bare LF in place of CRLF, "\\c" sends no line end, and "\\x1b" is that byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import random
+import re
+import shutil
+import signal
+import smtplib
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import unittest
+import unittest.mock
+from pathlib import Path
+from typing import Any
+
+import mailserver
+from mailserver import Console, Envelope, MailServer
+
+HERE = Path(__file__).resolve().parent
+PATIENCE = 20  # seconds after which a test gives up waiting
+HELLO = "S: 220 Simple Mail Server\nC: HELO example.com\nS: 250 Hello\n"
+ENVELOPE = (
+    HELLO + "C: MAIL FROM:<a@example.com>\nS: 250 OK\nC: RCPT TO:<b@example.com>\nS: 250 OK\n"
+)
+DATA = "C: DATA\nS: 354 End data with <CR><LF>.<CR><LF>\n"
+BYE = "C: QUIT\nS: 221 Bye\nS: (closed)\n"
+
+
+def wait_until(condition: Any) -> None:
+    """Wait for what another thread is about to do."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError("waited in vain")
+        time.sleep(0.005)
+
+
+def octets(text: str) -> bytes:
+    """Give the bytes that a C: line stands for."""
+    text = re.sub(r"\\x([0-9a-f]{2})", lambda m: chr(0xDC00 + int(m[1], 16)), text)
+    data = b"".join(
+        bytes([ord(c) - 0xDC00]) if 0xDC00 <= ord(c) <= 0xDCFF else c.encode() for c in text
+    )
+    data = data.replace(rb"\r", b"\r").replace(rb"\n", b"\n").replace(rb"\b", b"\b")
+    if data.endswith(rb"\c"):
+        return data[:-2]
+    return data if data.endswith(b"\n") else data + b"\r\n"
+
+
+class Client:
+    """A connection that knows bytes and lines, and nothing of mail."""
+
+    def __init__(self, address: Any) -> None:
+        self.socket = socket.create_connection(address[:2], timeout=PATIENCE)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.file = self.socket.makefile("rb")
+
+    def send(self, data: bytes) -> None:
+        # A server that has hung up is what some dialogues expect.
+        with contextlib.suppress(ConnectionError):
+            self.socket.sendall(data)
+
+    def line(self) -> str:
+        """Give the next line, or "(closed)"."""
+        try:
+            line = self.file.readline()
+        except ConnectionError:
+            line = b""
+        return line.decode().removesuffix("\r\n") if line else "(closed)"
+
+    def close(self) -> None:
+        self.file.close()
+        self.socket.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Recorder(Console):
+    """A console that keeps what it would print."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def show(self, *lines: str) -> None:
+        self.lines += lines
+
+
+class DialogueTest(unittest.TestCase):
+    """A test with a server of its own."""
+
+    settings: dict[str, Any] = {}
+
+    def setUp(self) -> None:
+        self.warnings: list[str] = []
+        patch = unittest.mock.patch.object(mailserver, "warn", self.warnings.append)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.server = self.serve(**self.settings)
+
+    def tearDown(self) -> None:
+        self.assertEqual(self.warnings, [])
+
+    def serve(self, **settings: Any) -> MailServer:
+        """Start a server; its mail goes to self.inbox."""
+        self.inbox: list[Envelope] = []
+        server = MailServer(("127.0.0.1", 0), **settings)
+        self.addCleanup(server.stop)
+        server.subscribe(self.inbox.append)
+        server.start()
+        return server
+
+    def connect(self) -> Client:
+        client = Client(self.server.server_address)
+        self.addCleanup(client.close)
+        return client
+
+    def dialogue(self, text: str) -> None:
+        """Play a dialogue in each of the three ways."""
+        lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+        for way in ("line by line", "in one piece", "byte by byte"):
+            with self.subTest(way):
+                self.play(lines, way)
+
+    def play(self, lines: list[str], way: str = "line by line") -> None:
+        with self.connect() as client:
+            if way != "line by line":
+                data = b"".join(octets(line[3:]) for line in lines if line.startswith("C:"))
+                pieces = [data] if way == "in one piece" else [bytes([b]) for b in data]
+                for piece in pieces:
+                    client.send(piece)
+            for line in lines:
+                if line.startswith("S:"):
+                    self.expect(client, line[3:])
+                elif way == "line by line":
+                    client.send(octets(line[3:]))
+            with contextlib.suppress(OSError):
+                client.socket.shutdown(socket.SHUT_WR)
+            self.assertEqual(client.line(), "(closed)", "the server said more than the dialogue")
+
+    def expect(self, client: Client, pattern: str) -> str:
+        line = client.line()
+        regex = ".*".join(map(re.escape, pattern.split("...")))
+        self.assertRegex(line, f"^{regex}$")
+        return line
+
+
+class ClassicTest(DialogueTest):
+    """The dialogue that both ancestors speak."""
+
+    def test_the_dialogue_to_the_letter(self) -> None:
+        self.dialogue("""
+            S: 220 Simple Mail Server
+            C: HELO example.com
+            S: 250 Hello
+            C: MAIL FROM: <sender@example.com>
+            S: 250 OK
+            C: RCPT TO: <recipient@example.com>
+            S: 250 OK
+            C: DATA
+            S: 354 End data with <CR><LF>.<CR><LF>
+            C: This is a test email.
+            C: .
+            S: 250 Message accepted
+            C: QUIT
+            S: 221 Bye
+            S: (closed)
+        """)
+        self.assertEqual(len(self.inbox), 3)
+        for envelope in self.inbox:
+            self.assertEqual(envelope.sender, "sender@example.com")
+            self.assertEqual(envelope.recipients, ["recipient@example.com"])
+            self.assertEqual(envelope.content, b"This is a test email.\r\n")
+
+    def test_any_case_and_no_space_after_the_colon(self) -> None:
+        self.dialogue("""
+            S: 220 Simple Mail Server
+            C: helo example.com
+            S: 250 Hello
+            C: mail from:<a@example.com>
+            S: 250 OK
+            C: Rcpt To:<b@example.com>
+            S: 250 OK
+            C: daTa
+            S: 354 ...
+            C: .
+            S: 250 Message accepted
+            C: quit
+            S: 221 Bye
+            S: (closed)
+        """)
+        self.assertEqual(self.inbox[0].content, b"")
+
+    def test_several_messages_in_a_session(self) -> None:
+        message = (ENVELOPE + DATA + "C: one\nC: .\nS: 250 Message accepted\n").removeprefix(HELLO)
+        self.dialogue(HELLO + message * 3 + BYE)
+        self.assertEqual(len(self.inbox), 9)
+
+    def test_null_sender(self) -> None:
+        self.dialogue(
+            HELLO
+            + "C: MAIL FROM:<>\nS: 250 OK\nC: RCPT TO:<b@example.com>\nS: 250 OK\n"
+            + DATA
+            + "C: bounce\nC: .\nS: 250 Message accepted\n"
+            + BYE
+        )
+        self.assertEqual(self.inbox[0].sender, "")
+
+
+class OrderTest(DialogueTest):
+    """Out of order: 503, which names the missing step."""
+
+    def test_503_names_the_missing_step(self) -> None:
+        self.dialogue("""
+            S: 220 Simple Mail Server
+            C: MAIL FROM:<a@example.com>
+            S: 503 Send HELO before MAIL FROM
+            C: RCPT TO:<b@example.com>
+            S: 503 Send MAIL FROM before RCPT TO
+            C: DATA
+            S: 503 Send MAIL FROM before DATA
+            C: HELO example.com
+            S: 250 Hello
+            C: RCPT TO:<b@example.com>
+            S: 503 Send MAIL FROM before RCPT TO
+            C: DATA
+            S: 503 Send MAIL FROM before DATA
+            C: MAIL FROM:<a@example.com>
+            S: 250 OK
+            C: MAIL FROM:<a@example.com>
+            S: 503 ...RCPT TO...
+            C: DATA
+            S: 503 Send RCPT TO before DATA
+            C: RCPT TO:<b@example.com>
+            S: 250 OK
+            C: DATA
+            S: 354 ...
+            C: .
+            S: 250 Message accepted
+            C: DATA
+            S: 503 Send MAIL FROM before DATA
+        """)
+
+    def test_a_second_helo_starts_afresh(self) -> None:
+        self.dialogue(ENVELOPE + "C: HELO again\nS: 250 Hello\nC: DATA\nS: 503 ...MAIL FROM...\n")
+
+    def test_rset_drops_the_envelope_and_keeps_the_helo(self) -> None:
+        self.dialogue(
+            ENVELOPE + "C: RSET\nS: 250 OK\nC: DATA\nS: 503 ...\n"
+            "C: MAIL FROM:<a@example.com>\nS: 250 OK\nC: NOOP whatever\nS: 250 OK\n"
+        )
+
+    def test_a_thousand_recipients_then_452(self) -> None:
+        rcpt = "".join(f"C: RCPT TO:<u{n}@example.com>\nS: 250 OK\n" for n in range(999))
+        text = (
+            ENVELOPE
+            + rcpt
+            + "C: RCPT TO:<late@example.com>\nS: 452 Too many recipients...\n"
+            + DATA
+            + "C: .\nS: 250 Message accepted\n"
+        )
+        self.play([line for line in text.splitlines() if line], "in one piece")
+        self.assertEqual(len(self.inbox[0].recipients), 1000)
+
+
+class SyntaxTest(DialogueTest):
+    """What is wrong gets a reply that shows what is right, and the session goes on."""
+
+    def test_501_shows_the_syntax(self) -> None:
+        for line, syntax in [
+            ("HELO", "HELO your-domain.example"),
+            ("HELO two words", "HELO your-domain.example"),
+            ("HELO \\x07", "HELO your-domain.example"),
+            ("MAIL", "MAIL FROM:<sender@example.com>"),
+            ("MAIL FROM:", "MAIL FROM:<sender@example.com>"),
+            ("MAIL FROM: a@example.com", "MAIL FROM:<sender@example.com>"),
+            ("MAIL FROM:<a@example.com", "MAIL FROM:<sender@example.com>"),
+            ("MAIL TO:<a@example.com>", "MAIL FROM:<sender@example.com>"),
+            ("MAIL FROM:<a b@example.com>", "MAIL FROM:<sender@example.com>"),
+            ("MAIL FROM:<a\\x01@example.com>", "MAIL FROM:<sender@example.com>"),
+            ("MAIL FROM:<a\\x1b[2J@example.com>", "MAIL FROM:<sender@example.com>"),
+            ("MAIL FROM:<a\\r@example.com>", "MAIL FROM:<sender@example.com>"),
+            ("MAIL FROM:<a\\x00@example.com>", "MAIL FROM:<sender@example.com>"),
+            ("MAIL FROM:<\\xc3\\x28@example.com>", "MAIL FROM:<sender@example.com>"),
+        ]:
+            with self.subTest(line):
+                self.dialogue(HELLO + f"C: {line}\nS: 501 Syntax: {syntax}...\nC: NOOP\nS: 250 OK")
+
+    def test_rcpt(self) -> None:
+        self.dialogue(
+            HELLO
+            + """
+            C: MAIL FROM:<a@example.com>
+            S: 250 OK
+            C: RCPT TO: b@example.com
+            S: 501 Syntax: RCPT TO:<recipient@example.com>...
+            C: RCPT TO:<>
+            S: 501 Syntax: RCPT TO:<recipient@example.com>...
+            C: RCPT TO:<b@example.com>
+            S: 250 OK
+        """
+        )
+
+    def test_arguments_where_there_are_none(self) -> None:
+        self.dialogue(
+            ENVELOPE
+            + """
+            C: DATA now
+            S: 501 Syntax: DATA
+            C: RSET all
+            S: 501 Syntax: RSET
+            C: QUIT please
+            S: 501 Syntax: QUIT
+            C: DATA  \t
+            S: 354 ...
+            C: .
+            S: 250 Message accepted
+            C: QUIT \t
+            S: 221 Bye
+            S: (closed)
+        """
+        )
+
+    def test_unknown_commands(self) -> None:
+        self.dialogue("""
+            S: 220 Simple Mail Server
+            C: FROB
+            S: 500 Unknown command...HELO...
+            C:
+            S: 500 Unknown command...
+            C:  HELO example.com
+            S: 500 Unknown command...
+            C: HELOexample.com
+            S: 500 Unknown command...
+            C: HELO example.com
+            S: 250 Hello
+        """)
+
+    def test_only_commands_can_be_reached(self) -> None:
+        for verb in (
+            "handle",
+            "reply",
+            "__init__",
+            "_HELO",
+            "do_HELO",
+            "setup",
+            "HELO\\x00",
+            "\\xc5\\xbf",
+        ):
+            with self.subTest(verb):
+                self.dialogue(
+                    f"S: 220 ...\nC: {verb} x\nS: 500 Unknown command...\nC: NOOP\nS: 250 OK"
+                )
+
+    def test_twenty_errors(self) -> None:
+        self.dialogue(
+            "S: 220 ...\n" + "C: FROB\nS: 500 ...\n" * 20 + "S: 421 Too many...\nS: (closed)"
+        )
+
+    def test_a_browser(self) -> None:
+        for verb in ("GET / HTTP/1.1", "POST /mail HTTP/1.0", "CONNECT here:25 HTTP/1.1"):
+            self.dialogue(f"S: 220 ...\nC: {verb}\nC: Host: here\nS: 421 ...\nS: (closed)")
+
+
+class WireTest(DialogueTest):
+    """Lines, line ends and dots."""
+
+    def content(self, *lines: str, data: str = "DATA", end: str = ".") -> list[bytes]:
+        """Send a message's lines, once in each way; give what was accepted."""
+        self.inbox.clear()
+        text = "".join(f"C: {line}\n" for line in (*lines, end))
+        self.dialogue(
+            ENVELOPE + DATA.replace("DATA", data, 1) + text + "S: 250 Message accepted\n" + BYE
+        )
+        self.assertEqual(len(self.inbox), 3)
+        return sorted({bytes(envelope.content) for envelope in self.inbox})
+
+    def test_bare_lf_commands(self) -> None:
+        self.dialogue(r"""
+            S: 220 Simple Mail Server
+            C: HELO example.com\n
+            S: 250 Hello
+            C: MAIL FROM:<a@example.com>\n
+            S: 250 OK
+            C: RCPT TO:<b@example.com>\n
+            S: 250 OK
+            C: DATA\n
+            S: 354 ...
+            C: typed at nc\n
+            C: ..\n
+            C: .\n
+            S: 250 Message accepted
+            C: QUIT\n
+            S: 221 Bye
+            S: (closed)
+        """)
+        self.assertEqual(self.inbox[0].content, b"typed at nc\n.\n")
+
+    def test_after_data_in_crlf_no_other_ending_counts(self) -> None:
+        for end in (
+            r".\n",
+            r"\n.\n",
+            r"\r.\r",
+            r"\n.\r\n",
+            r"\r\n.\n",
+            r"\r\n.\r",
+            r"x\r\r\n.\r\r\n",
+        ):
+            with self.subTest(end):
+                smuggled = f"C: first{end}\\c\nC: MAIL FROM:<evil@example.com>\n"
+                self.dialogue(ENVELOPE + DATA + smuggled + "C: .\nS: 250 Message accepted\n" + BYE)
+                self.assertIn(b"evil", self.inbox[-1].content)
+                self.assertEqual(self.inbox[-1].sender, "a@example.com")
+
+    def test_after_data_in_lf_two_endings_count(self) -> None:
+        self.assertEqual(self.content(r"x\n", data=r"DATA\n", end=r".\n"), [b"x\n"])
+        self.assertEqual(self.content("x", data=r"DATA\n"), [b"x\r\n"])
+        self.assertEqual(self.content(r"x\n.\r\ny\n", data=r"DATA\n", end=r".\n"), [b"x\n\r\ny\n"])
+
+    def test_a_message_of_nothing(self) -> None:
+        self.assertEqual(self.content(), [b""])
+        self.assertEqual(self.content(data=r"DATA\n", end=r".\n"), [b""])
+
+    def test_dots(self) -> None:
+        self.assertEqual(
+            self.content("..", "...", "..a", ".b", "a..", ""),
+            [b".\r\n..\r\n.a\r\nb\r\na..\r\n\r\n"],
+        )
+
+    def test_a_bare_lf_is_content_and_starts_no_line(self) -> None:
+        self.assertEqual(self.content(r"a\n.b\n..c\n.\nd"), [b"a\n.b\n..c\n.\nd\r\n"])
+
+    def test_eight_bits_pass(self) -> None:
+        self.assertEqual(
+            self.content("caf\\xc3\\xa9 \\xff\\x00\\x08"), [b"caf\xc3\xa9 \xff\0\x08\r\n"]
+        )
+
+    def test_a_line_too_long_is_thrown_away_whole(self) -> None:
+        limit = mailserver.SMTPHandler.line_limit
+        for size in (limit, limit + 1, 100_000):
+            with self.subTest(size):
+                self.dialogue(
+                    f"S: 220 ...\nC: NOOP {'x' * size} QUIT\nS: 500 Line too long...\n"
+                    "C: HELO x\nS: 250 Hello\n"
+                )
+        self.dialogue(f"S: 220 ...\nC: NOOP {'x' * (limit - 7)}\nS: 250 OK\n")
+
+    def test_typing_is_edited(self) -> None:
+        self.dialogue(r"""
+            S: 220 Simple Mail Server
+            C: \b\bHEMO\b\bLX\x7fO x
+            S: 250 Hello
+            C: MAIL FROM:<bob\b\b\bann@example.com>
+            S: 250 OK
+            C: RCPT TO:<b@example.com>
+            S: 250 OK
+        """)
+
+    def test_telnet_codes_are_dropped(self) -> None:
+        self.dialogue(r"""
+            S: 220 Simple Mail Server
+            C: \xff\xfd\x03\xff\xfb\x18\xff\xfa\x18\x00xterm\xff\xf0HE\xff\xf1LO x
+            S: 250 Hello
+            C: \xff\xf4\xff\xfd\x06NOOP
+            S: 250 OK
+        """)
+
+    def test_the_end_of_input_completes_nothing(self) -> None:
+        self.dialogue(ENVELOPE + DATA + "C: text\nC: .\\c")
+        self.dialogue(ENVELOPE + DATA + "C: text\nC: .\\r\\c")
+        self.dialogue(ENVELOPE + DATA + "C: cut o\\c")
+        self.dialogue("S: 220 ...\nC: QUIT\\c")
+        self.assertEqual(self.inbox, [])
+
+
+class SizeTest(DialogueTest):
+    """A message over the limit is read to its end and refused."""
+
+    settings = {"max_size": 1000}
+
+    def test_the_limit(self) -> None:
+        for newline in ("", "\\n"):
+            with self.subTest(newline):
+                head = ENVELOPE + DATA.replace("DATA", "DATA" + newline, 1)
+                length = 998 if not newline else 999
+                fits, more = "x" * length + newline, "x" * (length + 1) + newline
+                over = "S: 552 Message too big: send 1000 octets at most\nC: NOOP\nS: 250 OK\n"
+                self.dialogue(head + f"C: {fits}\nC: .{newline}\nS: 250 Message accepted\n")
+                self.dialogue(head + f"C: {more}\nC: .{newline}\n" + over)
+                long = f"C: x\\n\\r\\n..QUIT{newline}\n" * 5000
+                self.dialogue(head + long + f"C: .{newline}\n" + over)
+        self.assertEqual({len(envelope.content) for envelope in self.inbox}, {1000})
+
+    def test_the_next_message_is_a_new_one(self) -> None:
+        self.dialogue(
+            ENVELOPE
+            + DATA
+            + f"C: {'x' * 2000}\nC: .\nS: 552 ...\nC: DATA\nS: 503 ...\n"
+            + ENVELOPE.removeprefix(HELLO)
+            + DATA
+            + "C: small\nC: .\nS: 250 Message accepted\n"
+        )
+
+
+class FailTest(DialogueTest):
+    settings = {"fail": {"RCPT": 450, "VRFY": 421}}
+
+    def test_commands_fail_on_purpose(self) -> None:
+        self.dialogue(
+            HELLO
+            + "C: MAIL FROM:<a@example.com>\nS: 250 OK\n"
+            + "C: rcpt TO:<b@example.com>\nS: 450 Refused on purpose...\n" * 30
+            + "C: VRFY x\nS: 421 ...\nS: (closed)\n"
+        )
+
+
+class LifeTest(DialogueTest):
+    """Sessions come, go, and are ended."""
+
+    def test_idle_clients_are_hung_up_on(self) -> None:
+        self.server = self.serve(timeout=0.2)
+        for text in ("S: 220 ...", HELLO, ENVELOPE + DATA + "C: half a mess\\c"):
+            with self.connect() as client:
+                for line in text.splitlines():
+                    if line.startswith("C:"):
+                        client.send(octets(line[3:]))
+                    else:
+                        self.expect(client, line[3:])
+                self.expect(client, "421 Nothing heard for too long")
+                self.assertEqual(client.line(), "(closed)")
+
+    def test_one_client_too_many(self) -> None:
+        self.server = self.serve(max_clients=2)
+        first, second, third = self.connect(), self.connect(), None
+        self.expect(first, "220 ...")
+        self.expect(second, "220 ...")
+        third = self.connect()
+        self.expect(third, "421 Too many clients...")
+        self.assertEqual(third.line(), "(closed)")
+        first.send(b"QUIT\r\n")
+        self.expect(first, "221 Bye")
+        wait_until(lambda: len(self.server.sessions) == 1)
+        self.expect(self.connect(), "220 ...")
+
+    def test_serial_mode(self) -> None:
+        self.server = self.serve(serial=True)
+        first = self.connect()
+        self.expect(first, "220 ...")
+        second = self.connect()
+        second.send(b"HELO x\r\n")
+        second.socket.settimeout(0.2)
+        with self.assertRaises(TimeoutError):
+            second.socket.recv(1)
+        first.send(b"QUIT\r\n")
+        self.expect(first, "221 Bye")
+        second.socket.settimeout(PATIENCE)
+        self.expect(second, "220 ...")
+        self.expect(second, "250 Hello")
+
+    def test_many_at_once(self) -> None:
+        clients = [self.connect() for _ in range(50)]
+        for client in clients:
+            self.expect(client, "220 ...")
+        for command, reply in [
+            (b"HELO x\r\n", "250 Hello"),
+            (b"MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\n", "250 OK"),
+            (b"DATA\r\n", "250 OK"),
+            (b"x\r\n.\r\n", "354 ..."),
+            (b"", "250 Message accepted"),
+        ]:
+            for client in clients:
+                client.send(command)
+            for client in clients:
+                self.expect(client, reply)
+        self.assertEqual(len(self.inbox), 50)
+
+    def test_stop_says_goodbye_to_everyone(self) -> None:
+        idle, middle, data = self.connect(), self.connect(), self.connect()
+        for client in (idle, middle, data):
+            self.expect(client, "220 ...")
+        middle.send(b"HELO")
+        data.send(b"HELO x\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<b@c.example>\r\nDATA\r\nhalf")
+        for reply in ("250 Hello", "250 OK", "250 OK", "354 ..."):
+            self.expect(data, reply)
+        self.server.stop()
+        for client in (idle, middle, data):
+            self.expect(client, "421 The server is stopping...")
+            self.assertEqual(client.line(), "(closed)")
+        self.assertEqual(self.inbox, [])
+        MailServer(self.server.server_address).server_close()  # the port is free
+
+    def test_a_client_that_does_not_read_does_not_keep_it_from_stopping(self) -> None:
+        self.server = self.serve(grace=0.1)
+        client = self.connect()
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.socket.settimeout(0.3)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                client.socket.sendall(b"NOOP\r\n" * 10_000)
+        self.server.stop()
+        wait_until(lambda: not self.server.sessions)
+
+    def test_threads_and_files_are_given_back(self) -> None:
+        before = threading.active_count()
+        for _ in range(50):
+            self.connect().close()
+        wait_until(lambda: threading.active_count() <= before and not self.server.sessions)
+
+    def test_a_failing_command_gets_451(self) -> None:
+        class Handler(mailserver.ESMTPHandler):
+            def do_DIVIDE(self, arg: str) -> None:
+                """DIVIDE"""
+                self.reply(250, str(1 // 0))
+
+        self.server = self.serve(handler=Handler)
+        self.dialogue("S: 220 ...\nC: DIVIDE\nS: 451 ...\nC: NOOP\nS: 250 OK")
+        self.assertEqual(len(self.warnings), 3)
+        self.assertIn("DIVIDE failed: ZeroDivisionError", self.warnings[0])
+        self.warnings.clear()
+
+    def test_no_file_descriptor_left(self) -> None:
+        failures = [OSError(24, "Too many open files")] * 3
+        accept = self.server.socket.accept
+        paused: list[float] = []
+
+        class Socket:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(real, name)
+
+            def accept(self) -> Any:
+                if failures:
+                    raise failures.pop()
+                return accept()
+
+        real = self.server.socket
+        self.server.socket = Socket()  # type: ignore[assignment]
+        pause = unittest.mock.patch.object(mailserver.time, "sleep", paused.append)
+        with pause:
+            self.dialogue("S: 220 ...\n" + BYE)
+        self.assertGreaterEqual(paused.count(0.1), 3)
+
+    def test_an_unknown_setting(self) -> None:
+        with self.assertRaisesRegex(TypeError, "max_sise"):
+            MailServer(("127.0.0.1", 0), max_sise=1)
+
+    def test_ipv6(self) -> None:
+        try:
+            server = MailServer(("::1", 0))
+        except OSError:
+            self.skipTest("no IPv6 on this machine")
+        with server:
+            server.start()
+            with Client(server.server_address) as client:
+                self.expect(client, "220 Simple Mail Server")
+
+
+class ConsoleTest(DialogueTest):
+    """What the teacher sees."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.console = Recorder()
+        self.server = self.serve(console=self.console)
+
+    def test_the_dialogue(self) -> None:
+        self.play((HELLO + "C: NOOP\\n\nS: 250 OK\n" + BYE).splitlines()[:-1])
+        shown = [re.sub(r"^\[\d+\] ", "", line) for line in self.console.lines]
+        self.assertEqual(
+            shown,
+            ["-: connected from 127.0.0.1", "S: 220 Simple Mail Server", "C: HELO example.com"]
+            + ["S: 250 Hello", "C: NOOP<LF>", "S: 250 OK", "C: QUIT", "S: 221 Bye"],
+        )
+
+    def test_nothing_reaches_the_terminal_raw(self) -> None:
+        self.dialogue("S: 220 ...\nC: \\x1b[2J\\xc2\\x9b\\xe2\\x80\\xaehi \\xfe\nS: 500 ...")
+        self.assertIn(r"\x1b[2J\x9b\u202ehi \udcfe", "".join(self.console.lines))
+
+    def test_the_hint_about_an_open_message(self) -> None:
+        with self.connect() as client:
+            for line in (ENVELOPE + DATA).splitlines():
+                if line.startswith("C:"):
+                    client.send(octets(line[3:]))
+                else:
+                    self.expect(client, line[3:])
+            client.send(b"Hello\r\n")
+            client.send(b"quit\r\n")
+            wait_until(lambda: any("single dot" in line for line in self.console.lines))
+
+
+class ProjectorTest(unittest.TestCase):
+    def show(self, content: bytes, *recipients: str) -> str:
+        envelope = Envelope("a@example.com")
+        envelope.recipients = list(recipients)
+        envelope.content = bytearray(content)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            mailserver.Projector().message(envelope)
+        return out.getvalue()
+
+    def test_envelope_and_bcc(self) -> None:
+        text = self.show(b"To: Bob <B@example.com>\r\n\r\nhi\r\n", "b@example.com", "c@example.com")
+        self.assertIn("from <a@example.com>\nto   <b@example.com>\nto   <c@example.com>   (", text)
+        self.assertNotIn("(", self.show(b"no headers\r\n", "b@example.com"))
+
+    def test_line_ends(self) -> None:
+        text = self.show(b"one\r\ntwo\nthree\x1b\r\n", "b@example.com")
+        self.assertIn("one\ntwo<LF>\nthree\\x1b\n", text)
+
+    def test_decoded(self) -> None:
+        head = b"Content-Type: text/plain; charset=%s\r\nContent-Transfer-Encoding: %s\r\n\r\n"
+        for charset, encoding, body in [
+            (b"utf-8", b"base64", b"Y2Fmw6kbWzJK"),
+            (b"utf-8", b"quoted-printable", b"caf=C3=A9=1B[2J"),
+            (b"latin-1", b"Quoted-Printable", b"caf=E9=1B[2J"),
+            (b"nonsense", b"base64", b"Y2Fm6RtbMko="),
+            (b"hex", b"base64", b"Y2Fm6RtbMko="),
+        ]:
+            with self.subTest(charset):
+                self.assertIn(
+                    "café\\x1b[2J\n", self.show(head % (charset, encoding) + body, "b@example.com")
+                )
+
+    def test_colours(self) -> None:
+        class Terminal(io.StringIO):
+            def isatty(self) -> bool:
+                return True
+
+        for environment, coloured in [({}, True), ({"NO_COLOR": "1"}, False)]:
+            with unittest.mock.patch.dict(os.environ, environment):
+                with contextlib.redirect_stdout(Terminal()) as out:
+                    mailserver.Projector().show("[1] C: HELO x", "[1] S: 250 Hello")
+                colours = re.findall("\x1b\\[3[0-9]m", out.getvalue())
+                self.assertEqual(len(set(colours)), 2 if coloured else 0)
+
+
+class PlainClientsTest(DialogueTest):
+    def test_smtplib(self) -> None:
+        host, port = self.server.server_address[:2]
+        with smtplib.SMTP(str(host), port) as client:
+            client.sendmail(
+                "a@example.com", ["b@example.com", "c@example.com"], "Subject: x\n\n.\n..\n"
+            )
+        self.assertEqual(self.inbox[0].recipients, ["b@example.com", "c@example.com"])
+        self.assertEqual(self.inbox[0].content, b"Subject: x\r\n\r\n.\r\n..\r\n")
+
+    @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
+    def test_curl(self) -> None:
+        port = self.server.server_address[1]
+        with tempfile.TemporaryDirectory() as folder:
+            message = Path(folder, "mail.txt")
+            message.write_bytes(b"Subject: x\n\n.\nunix\n")
+            command = ["curl", "-sS", f"smtp://127.0.0.1:{port}", "--mail-from", "a@example.com"]
+            command += ["--mail-rcpt", "b@example.com", "-T", str(message)]
+            subprocess.run(command, check=True, timeout=PATIENCE)
+        self.assertEqual(
+            self.inbox[0].content.replace(b"\r\n", b"\n").strip(), b"Subject: x\n\n.\nunix"
+        )
+
+
+class FuzzTest(DialogueTest):
+    """Random and mutated input; the seeds are fixed, so a failure comes again."""
+
+    def test_random_input(self) -> None:
+        pieces = (ENVELOPE + DATA + "C: text\nC: .\nC: QUIT").splitlines()
+        commands = [octets(line[3:]) for line in pieces if line.startswith("C:")]
+        commands += [
+            b"\n.\n",
+            b"\r\n.\r\n",
+            b".",
+            b"\r",
+            b"\n",
+            b"\xff\xfa",
+            b"\b\b",
+            b"EHLO x\r\n",
+        ]
+        commands += [
+            b"AUTH PLAIN\r\n",
+            b"*\r\n",
+            b"A" * 600,
+            b"\0",
+            b"RSET\r\n",
+            b"\x80\xfe",
+            b"HELP\r\n",
+        ]
+        before = threading.active_count()
+        for seed in range(150):
+            chance = random.Random(seed)
+            data = bytearray().join(chance.choices(commands, k=chance.randint(1, 25)))
+            for _ in range(chance.randint(0, 6)):
+                at = chance.randrange(len(data))
+                data[at : at + chance.randint(0, 3)] = chance.randbytes(chance.randint(0, 3))
+            with self.connect() as client:
+                client.send(bytes(data))
+                if chance.random() < 0.7:
+                    with contextlib.suppress(OSError):
+                        client.socket.shutdown(socket.SHUT_WR)
+                    while client.line() != "(closed)":
+                        pass
+        self.dialogue(ENVELOPE + DATA + "C: alive\nC: .\nS: 250 Message accepted\n" + BYE)
+        wait_until(lambda: threading.active_count() <= before and not self.server.sessions)
+
+
+class Process:
+    """The program itself, in a process of its own."""
+
+    def __init__(self, *flags: str, script: str = str(HERE / "mailserver.py")) -> None:
+        self.out, self.err = tempfile.TemporaryFile("w+b"), tempfile.TemporaryFile("w+b")
+        command = [sys.executable, script, "--port", "0", *flags]
+        self.process = subprocess.Popen(command, stdout=self.out, stderr=self.err)
+        wait_until(lambda: b"\n" in self.read(self.out) or self.process.poll() is not None)
+        match = re.search(r"port (\d+)", self.printed)
+        assert match, self.printed + self.warned
+        self.address = ("127.0.0.1", int(match[1]))
+
+    @staticmethod
+    def read(file: Any) -> bytes:
+        """Give what the program has written so far; it shares the file, but not the position."""
+        return os.pread(file.fileno(), 10**9, 0)
+
+    @property
+    def printed(self) -> str:
+        return self.read(self.out).decode()
+
+    @property
+    def warned(self) -> str:
+        return self.read(self.err).decode()
+
+    def end(self, *signals: int) -> int:
+        """Send signals, wait for the end, give the exit status."""
+        for number in signals:
+            self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.out.close()
+        self.err.close()
+
+
+@unittest.skipIf(os.name == "nt", "signals are sent the Unix way here")
+class ProcessTest(unittest.TestCase):
+    def test_signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            for mode in ((), ("--serial",)):
+                with self.subTest(number=number, mode=mode), Process(*mode) as server:
+                    with Client(server.address) as client:
+                        self.assertEqual(client.line(), "220 Simple Mail Server")
+                        client.send(b"HELO x\r\nNOO")
+                        self.assertEqual(client.line(), "250 Hello")
+                        status = server.end(number, number, signal.SIGINT)
+                        self.assertRegex(client.line(), "^421 ")
+                        self.assertEqual(client.line(), "(closed)")
+                    self.assertEqual((status, server.warned), (0, ""))
+                    with socket.socket() as again:
+                        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                        again.bind(server.address)
+
+    def test_what_it_prints(self) -> None:
+        with Process() as server:
+            with smtplib.SMTP(*server.address) as client:
+                client.sendmail("a@example.com", "b@example.com", "Subject: x\n\nhello\n")
+            status = server.end(signal.SIGINT)
+            out, err = server.printed, server.warned
+        self.assertIn("listens on 127.0.0.1 port", out)
+        self.assertIn("telnet 127.0.0.1", out)
+        self.assertIn("Ctrl-C", out)
+        self.assertIn("\n[1] S: 250 OK\n", out)
+        self.assertIn("\nSubject: x\n\nhello\n", out)
+        self.assertNotIn("\x1b", out)
+        self.assertEqual((status, err), (0, ""))
+
+    def test_quiet(self) -> None:
+        with Process("--quiet") as server:
+            with smtplib.SMTP(*server.address) as client:
+                client.sendmail("a@example.com", "b@example.com", "hello")
+            self.assertEqual(server.end(signal.SIGINT), 0)
+            self.assertRegex(server.printed, "^mailserver .* listens on .*\n$")
+            self.assertEqual(server.warned, "")
+
+    def test_reachable_from_other_machines(self) -> None:
+        with Process("--host", "0.0.0.0") as server:
+            server.end(signal.SIGINT)
+            self.assertIn("other machines can reach", server.warned)
+
+    def test_a_terminal_without_the_letters(self) -> None:
+        ascii_only = unittest.mock.patch.dict(os.environ, {"PYTHONIOENCODING": "ascii"})
+        with ascii_only, Process() as server, Client(server.address) as client:
+            client.send("h\u00e9 \u20ac\r\n".encode())
+            client.line()
+            self.assertRegex(client.line(), "^500 ")
+            server.end(signal.SIGINT)
+            self.assertIn(r"h\xe9 \u20ac", server.printed)
+
+    def test_bad_flags_and_addresses(self) -> None:
+        with Process() as server:
+            for flags, message in [
+                (["--port", str(server.address[1])], "in use"),
+                (["--port", "x"], "whole number"),
+                (["--port", "65536"], "whole number"),
+                (["--max-size", "-1"], "whole number"),
+                (["--fail", "RCPT"], "RCPT=450"),
+                (["--fail", "RCPT=250"], "RCPT=450"),
+                (["--frob"], "--frob"),
+                (["--host", "nowhere.invalid"], "cannot listen"),
+                (["--host", "192.0.2.1"], "cannot listen"),
+            ]:
+                with self.subTest(flags):
+                    command = [sys.executable, str(HERE / "mailserver.py"), *flags]
+                    done = subprocess.run(
+                        command, capture_output=True, text=True, timeout=PATIENCE, check=False
+                    )
+                    self.assertNotEqual(done.returncode, 0)
+                    self.assertRegex(done.stderr, f"^mailserver: .*{message}.*\n$")
+
+    def test_help_and_version(self) -> None:
+        for flag, text in [("--help", "examples:"), ("--version", mailserver.__version__)]:
+            command = [sys.executable, "-OO", str(HERE / "mailserver.py"), flag]
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            self.assertIn(text, out)
+
+    def test_without_docstrings(self) -> None:
+        script = """
+            import threading, smtplib, mailserver
+            with mailserver.MailServer(("127.0.0.1", 0)) as server:
+                server.start()
+                with smtplib.SMTP(*server.server_address) as client:
+                    print(*client.docmd("MAIL", "x"))
+                    print(*client.docmd("HELO"))
+        """
+        command = [sys.executable, "-OO", "-c", textwrap.dedent(script)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE)
+        self.assertIn("503 b'Send HELO", done.stdout)
+        self.assertIn("501 b'Syntax: HELO", done.stdout)
+
+    def test_a_thousand_idle_clients(self) -> None:
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        with Process("--quiet") as server, contextlib.ExitStack() as stack:
+            for _ in range(1000):
+                client = stack.enter_context(Client(server.address))
+                self.assertEqual(client.line(), "220 Simple Mail Server")
+            with smtplib.SMTP(*server.address, timeout=PATIENCE) as sender:
+                sender.sendmail("a@example.com", "b@example.com", "hello")
+
+    def test_part_1_runs_alone(self) -> None:
+        source = (HERE / "mailserver.py").read_text(encoding="utf-8")
+        part_1 = re.split(r"\n# =+\n# PART 2", source)[0]
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "small.py").write_text(part_1, encoding="utf-8")
+            command = [sys.executable, "-c", "import small; small.serve(0)"]
+            server = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+            assert server.stdout
+            port = int(server.stdout.readline().split()[-1])
+            with Client(("127.0.0.1", port)) as client:
+                for line in (
+                    ENVELOPE + DATA + "C: hi\nC: .\nS: 250 Message accepted\n" + BYE
+                ).splitlines():
+                    if line.startswith("C:"):
+                        client.send(octets(line[3:]))
+                    else:
+                        self.assertEqual(client.line(), line[3:])
+            server.send_signal(signal.SIGINT)
+            out = server.communicate(timeout=PATIENCE)[0]
+            self.assertEqual(server.returncode, 0)
+            self.assertIn("to <b@example.com>", out)
+
+
+class ReadmeTest(DialogueTest):
+    """What README says is so."""
+
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+
+    def blocks(self, language: str) -> list[str]:
+        return re.findall(rf"^```{language}\n(.*?)^```", self.readme, re.DOTALL | re.MULTILINE)
+
+    def test_dialogues(self) -> None:
+        dialogues = [b for b in self.blocks("text") if b.startswith("S: ")]
+        self.assertGreaterEqual(len(dialogues), 1)
+        for text in dialogues:
+            with self.subTest(text):
+                self.dialogue(text)
+
+    def test_the_first_dialogue_is_that_of_the_module(self) -> None:
+        self.assertIn(textwrap.indent(self.blocks("text")[0], "    "), mailserver.__doc__ or "")
+
+    def test_use_as_a_module(self) -> None:
+        code = next(b for b in self.blocks("python") if "with MailServer" in b)
+        exec(compile(code, "README.md", "exec"), {})
+
+    @unittest.skipIf(os.name == "nt", "signals are sent the Unix way here")
+    def test_add_a_command(self) -> None:
+        code = next(b for b in self.blocks("python") if "def do_TIME" in b)
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder, "mine.py")
+            script.write_text(code, encoding="utf-8")
+            with (
+                unittest.mock.patch.dict(os.environ, {"PYTHONPATH": str(HERE)}),
+                Process(script=str(script)) as server,
+                Client(server.address) as client,
+            ):
+                client.send(b"TIME\r\n")
+                self.expect(client, "220 Simple Mail Server")
+                self.expect(client, "250 ...:...:...")
+
+    def test_flags(self) -> None:
+        command = [sys.executable, str(HERE / "mailserver.py"), "--help"]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        flags = set(re.findall(r"^  (?:-h, )?(--[a-z0-9-]+)", out, re.MULTILINE)) - {"--help"}
+        self.assertGreater(len(flags), 8)
+        for flag in flags:
+            self.assertRegex(self.readme, rf"\| `{flag}\b", "README's table of flags lacks it")
+
+
+if __name__ == "__main__":
+    unittest.main()
