@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A mail server to read in one sitting, then telnet into. One file, standard library only.
+"""A mail server to read in one sitting, and to telnet into. One file, standard library only.
 
 Run it with "python mailserver.py", type "telnet 127.0.0.1 2525" in a second terminal, and talk:
 
@@ -18,38 +18,43 @@ Run it with "python mailserver.py", type "telnet 127.0.0.1 2525" in a second ter
     C: QUIT
     S: 221 Bye
 
-C is the client, you; S is the server, this file. That is the whole idea of SMTP, the Simple Mail
-Transfer Protocol (RFC 5321): the client sends a line that starts with a verb, and the server
-answers with a three-digit code and a text for people. 2xx is yes, 3xx is "go on", 4xx is "not
-now, try later", 5xx is "no".
-
-The file is a course. Each part only adds to the one before; you may stop after any of them:
+C is the client, you; S is the server, this file. That is SMTP, the Simple Mail Transfer Protocol
+(RFC 5321): the client sends a line that starts with a verb, the server answers with a code and a
+text. 2xx is yes, 3xx is "go on", 4xx is "not now", 5xx is "no". The file is a course, of which
+each part only adds to the ones before it; you may stop after any of them:
 
     1  A small server       lines in, replies out, five commands, a thread for each client
-    2  Good manners         people who mistype, browsers that stray in, clients that never leave
-    3  Start and stop       the whole server, what the console shows, the command line
+    2  The whole protocol   people who mistype, the other commands, addresses, extensions
+    3  Trust                encryption and passwords
+    4  Keeping mail         publish and subscribe; mail on disk
+    5  Collecting mail      another protocol, POP3, on the same foundation
+    6  Start and stop       the server that runs, what the class sees of it, the command line
 
-The rest of what you need to know stands where it is used. "RFC 5321 4.5.2" is section 4.5.2 of
-that document; each is found at https://www.rfc-editor.org/rfc/rfc5321.
-"""
+"RFC 5321 4.5.2" is section 4.5.2 of that standard: https://www.rfc-editor.org/rfc/rfc5321"""
 
 from __future__ import annotations
 
 import argparse
+import base64
 import errno
 import io
 import itertools
 import os
+import queue
 import re
+import selectors
 import signal
 import socket
 import socketserver
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import ssl
 
 __version__ = "1.0"
 
@@ -64,12 +69,17 @@ class Refused(Exception):
     """Raise it to say no: Refused(503, "Send HELO first"). 4xx is not now, 5xx never, 421 bye."""
 
 
+def refuse(when: object, code: int, text: str) -> None:
+    """Say no, when there is reason to: refuse(not self.helo, 503, "Send HELO first")."""
+    if when:
+        raise Refused(code, text)
+
+
 class LineHandler(socketserver.StreamRequestHandler):
     """One session of any protocol in which the client sends a line and the server answers it.
 
     A command is a method: with a do_TIME(self, arg) there is a command TIME. The first line of its
-    docstring is its syntax. It ends in one reply(), or it raises Refused.
-    """
+    docstring is its syntax. It ends in one reply(), or it raises Refused."""
 
     server: SmallServer
     line_limit = 512  # octets, line end included (RFC 5321 4.5.3.1.4)
@@ -118,12 +128,11 @@ class LineHandler(socketserver.StreamRequestHandler):
         """Give the next line. CRLF ends it (RFC 5321 2.3.8), or a bare LF: nc sends nothing else.
         Refused(500): it is longer than line_limit."""
         while (end := self.received.find(b"\n") + 1) == 0:
-            del self.received[self.line_limit :]  # forget the end, but not that it is too long
+            del self.received[self.line_limit :]  # Trap: the rest must not pass for a command
             self.receive()
         line = self.received[:end]
         del self.received[:end]
-        if end > self.line_limit:  # Trap: its tail must not count as a command
-            raise Refused(500, f"Line too long: send {self.line_limit} octets at most")
+        refuse(end > self.line_limit, 500, f"Line too long: send {self.line_limit} octets at most")
         self.newline = b"\r\n" if line.endswith(b"\r\n") else b"\n"
         return line.decode("utf-8", "surrogateescape").rstrip()
 
@@ -168,20 +177,24 @@ class LineHandler(socketserver.StreamRequestHandler):
 class Envelope:
     """A message and where it goes. As on paper, what the letter says of that does not count.
 
-    sender: the reverse-path, to which it bounces; "" is nowhere (RFC 5321 4.5.5). content: bytes.
-    """
+    sender: the reverse-path, where it bounces to; "" is nowhere (RFC 5321 4.5.5)."""
 
-    def __init__(self, sender: str) -> None:
-        self.sender = sender
+    def __init__(self, sender: str, session: int = 0) -> None:
+        self.sender, self.session = sender, session
         self.recipients: list[str] = []
-        self.content = bytearray()  # use it as bytes, which would need a copy of a large message
+        self.content = bytearray()  # to use as bytes: those would be a second copy of it
+        self.trace = ""  # who brought it, and how
+
+    def copy_for(self, address: str) -> bytes:
+        """Give the message as it lies in a mailbox (RFC 5321 4.4), with LF for line ends."""
+        head = f"Return-Path: <{self.sender}>\nDelivered-To: {address}\nReceived: {self.trace}\n"
+        return head.encode() + self.content.replace(b"\r\n", b"\n")
 
 
 class SMTPHandler(LineHandler):
     """The five commands that bring a message, as in the dialogue at the top of this file.
 
-    Their order is kept by what the session holds: no helo, no MAIL; no envelope, no RCPT.
-    """
+    Their order is kept by what the session holds: no helo, no MAIL; no envelope, no RCPT."""
 
     helo = ""
     envelope: Envelope | None = None
@@ -204,12 +217,10 @@ class SMTPHandler(LineHandler):
     def do_MAIL(self, arg: str) -> None:
         """MAIL FROM:<sender@example.com>
         Opens an envelope: says who sends, and gets the bounce (RFC 5321 4.1.1.2)."""
-        if not self.helo:
-            raise Refused(503, "Send HELO before MAIL FROM")
-        if self.envelope:
-            raise Refused(503, "Send RCPT TO and DATA before another MAIL FROM")
+        refuse(not self.helo, 503, "Send HELO before MAIL FROM")
+        refuse(self.envelope, 503, "Send RCPT TO and DATA before another MAIL FROM")
         match = self.match("MAIL", f"FROM: *(?:<>|{self.path})", arg)
-        self.envelope = Envelope(match[1] or "")
+        self.envelope = Envelope(match[1] or "", self.number)
         self.reply(250, "OK")
 
     def do_RCPT(self, arg: str) -> None:
@@ -217,9 +228,9 @@ class SMTPHandler(LineHandler):
         Says who gets it; once for each recipient (RFC 5321 4.1.1.3)."""
         if not self.envelope:
             raise Refused(503, "Send MAIL FROM before RCPT TO")
-        if len(self.envelope.recipients) >= 1000:  # 100 is the least: RFC 5321 4.5.3.1.8
-            raise Refused(452, "Too many recipients: send DATA, and the rest in a message more")
-        self.envelope.recipients.append(self.match("RCPT", "TO: *" + self.path, arg)[1])
+        recipients = self.envelope.recipients  # 100 at least have to pass: RFC 5321 4.5.3.1.8
+        refuse(len(recipients) >= 1000, 452, "Too many recipients: send DATA, then MAIL FROM again")
+        recipients.append(self.match("RCPT", "TO: *" + self.path, arg)[1])
         self.reply(250, "OK")
 
     def do_DATA(self, arg: str) -> None:
@@ -228,12 +239,11 @@ class SMTPHandler(LineHandler):
         self.match("DATA", "", arg)
         if not self.envelope:
             raise Refused(503, "Send MAIL FROM before DATA")
-        if not self.envelope.recipients:
-            raise Refused(503, "Send RCPT TO before DATA")
+        refuse(not self.envelope.recipients, 503, "Send RCPT TO before DATA")
         self.reply(354, "End data with <CR><LF>.<CR><LF>")
         envelope, self.envelope = self.envelope, None  # accepted or not, it is used up
         envelope.content = self.read_message()
-        self.server.deliver(envelope)
+        self.deliver(envelope)
         self.reply(250, "Message accepted")
 
     def read_message(self) -> bytearray:
@@ -249,12 +259,18 @@ class SMTPHandler(LineHandler):
         self.received = text[end.end() :]
         del text[text.rindex(b".", 0, end.end()) :]
         self.log("C", ".")
-        if len(text) > limit:
-            raise Refused(552, f"Message too big: send {self.server.max_size} octets at most")
+        refuse(
+            len(text) > limit, 552, f"Message too big: send {self.server.max_size} octets at most"
+        )
         if newline + b"." in text:  # Trap: a bare LF within a CRLF message starts no line
             text = text.replace(newline + b".", newline)
         del text[: len(newline)]
         return text
+
+    def deliver(self, envelope: Envelope) -> None:
+        """Take an accepted message: here, print it."""
+        if self.server.console:
+            self.server.console.message(envelope)
 
     def do_QUIT(self, arg: str) -> None:
         """QUIT
@@ -303,11 +319,6 @@ class SmallServer(socketserver.ThreadingTCPServer):
         else:
             super().process_request(request, client_address)
 
-    def deliver(self, envelope: Envelope) -> None:
-        """Take an accepted message: here, print it."""
-        if self.console:
-            self.console.message(envelope)
-
 
 def serve(port: int = 2525, serial: bool = False) -> None:
     """Run the small server until Ctrl-C."""
@@ -318,9 +329,9 @@ def serve(port: int = 2525, serial: bool = False) -> None:
 
 
 # ==================================================================================================
-# PART 2: GOOD MANNERS
-# What a server needs besides commands once people connect to it: they mistype, or stay for ever.
-# Some are no people at all. None of this knows SMTP, so it goes with any LineHandler.
+# PART 2: THE WHOLE PROTOCOL
+# First what any server needs once people connect to it: they mistype, stay for ever, or are no
+# people at all. Then the rest of SMTP: its other commands, addresses as they are, extensions.
 # ==================================================================================================
 
 
@@ -330,97 +341,179 @@ def warn(text: str) -> None:
 
 
 class Manners(LineHandler):
-    """A mixin: name it before a LineHandler, as in class ESMTPHandler(Manners, SMTPHandler)."""
+    """A mixin: name it before a LineHandler, and the session gets patience, and an end."""
 
     server: MailServer
+    encrypted, user = False, ""  # part 3 sets them
     errors = 0
     farewell = ""  # why the server hangs up on this client, once it does
 
-    # Telnet's own codes, which a real Telnet server would answer: IAC and one byte, or two after
-    # WILL, WON'T, DO and DON'T, or all up to IAC SE after SB (RFC 854). Here as read_line() has
-    # them: bytes that are no UTF-8 become U+DC80 and up.
+    # What a telnet client may say to a telnet server: IAC and a byte, or two if the first is WILL,
+    # WON'T, DO or DON'T, or all from SB to SE (RFC 854). read_line() made byte FF a "\udcff".
     telnet = re.compile("\udcff(?:[\udcfb-\udcfe].|\udcfa.*?\udcff\udcf0|.)", re.DOTALL)
 
     def setup(self) -> None:
-        """Prepare a session that the server can end."""
+        """Prepare a session that the server knows of, and can end."""
         super().setup()
         self.heard = time.monotonic()  # when the client last sent something
         self.server.sessions.add(self)
-        if self.server.stopping.is_set():  # it has hung up on all the others already
+        if self.server.stopping.is_set():  # and all others have been told
             self.farewell = self.server.goodbye
         self.log("-", f"connected from {self.client_address[0]}")
 
     def finish(self) -> None:
-        """Forget the session."""
+        """Let the server forget the session."""
         self.server.sessions.discard(self)
         super().finish()
+        self.connection.close()  # with TLS, not the socket that socketserver knows and closes
 
     def hang_up(self, farewell: str) -> None:
-        """End the session, from another thread: it says 421 and the farewell, then hangs up.
+        """End the session, from another thread: its next receive() fails, then it says farewell.
 
-        No other thread writes to the client: the two might write at once. Instead, this one stops
-        the flow of bytes to receive(). A second call also stops a send that the client ignores.
-        """
+        Only a session's own thread writes to its client: two might do so at once. If it is stuck
+        in that, because the client does not read, a second call cuts the connection."""
         how = socket.SHUT_RDWR if self.farewell else socket.SHUT_RD
         self.farewell = farewell
         with suppress(OSError):  # the client was quicker
-            self.connection.shutdown(how)
+            socket.socket.shutdown(self.connection, how)  # Trap: an SSLSocket's own ends TLS, too
 
     def receive(self) -> None:
         """Wait for more bytes. Refused(421): hang_up() was called."""
         try:
-            if self.farewell:
-                raise EOFError
+            refuse(self.farewell, 421, self.farewell)
             super().receive()
+            self.heard = time.monotonic()
         except (EOFError, OSError):
-            if self.farewell:
-                raise Refused(421, self.farewell) from None
+            refuse(self.farewell, 421, self.farewell)
             raise
-        self.heard = time.monotonic()
 
     def read_line(self) -> str:
         """Give the next line as it was meant: backspace and DEL edit it, telnet's codes go."""
         line = super().read_line()
         if line.isprintable():
             return line
-        typed: list[str] = []
+        typed = ""
         for character in self.telnet.sub("", line):
-            if character in "\b\x7f":
-                del typed[-1:]
-            else:
-                typed.append(character)
-        return "".join(typed)
+            typed = typed[:-1] if character in "\b\x7f" else typed + character
+        return typed
 
     def dispatch(self, line: str) -> None:
-        """Run a command, if this is one. What breaks inside it does not end the session."""
+        """Run a command, if it is one. What breaks in it does not end the session."""
         verb = line.partition(" ")[0].upper()
-        if verb in ("GET", "POST", "CONNECT"):  # a web page can make your browser send mail here
-            raise Refused(421, "This is a mail server: point your browser to another port")
-        if code := self.server.fail.get(verb):
-            return super().reply(code, "Refused on purpose: the server was started with --fail")
+        web = verb in ("GET", "POST", "CONNECT")  # a web page could have your browser send mail
+        refuse(web, 421, "This is a mail server: take your browser elsewhere")
+        if verb in self.server.fail:
+            return self.reply(self.server.fail[verb], "Refused on purpose, as --fail says")
         try:
             super().dispatch(line)
         except (Refused, EOFError, OSError):
             raise
         except Exception as error:
             warn(f"{verb} failed: {error!r}")
-            raise Refused(451, "The server failed at this command: try again later") from None
+            raise Refused(451, "The server failed at this: try again later") from None
 
     def reply(self, code: int, *lines: str) -> None:
-        """Answer, and hang up after 20 errors: somebody who makes that many is guessing."""
+        """Answer, and hang up after 20 errors: whoever makes so many is guessing."""
         super().reply(code, *lines)
         self.errors += code >= 500
-        if self.errors == 20 and code >= 500:
-            super().reply(421, "Too many errors: read up, then connect again")
+        if self.errors >= 20 and code >= 500:
+            self.reply(421, "Too many errors: read up on them, then come back")
 
 
 class ESMTPHandler(Manners, SMTPHandler):
-    """What every mail server has besides the five commands."""
+    """SMTP with all that mail clients ask for. They say EHLO, not HELO, to see what there is."""
 
-    # A line of a message that somebody may have meant for the server
-    stray = re.compile(
-        rb"\n(?:HELO|EHLO|HELP|QUIT|RSET|NOOP|DATA|MAIL FROM:.*|RCPT TO:.*)\s*\Z", re.I
-    )
+    # The grammar of addresses (RFC 5321 4.1.2), where \w is a letter of any alphabet. A route in
+    # front, as in <@relay.example:bob@example.com>, is skipped, as the RFC wants it.
+    _atom = r"[\w!#$%&'*+/=?^`{|}~-]+"
+    _local = rf'(?:{_atom}(?:\.{_atom})*|"(?:[\w !#-\[\]-~]|\\[ -~])*")'
+    _label = r"[^\W_]+(?:-+[^\W_]+)*"
+    _domain = rf"(?:{_label}(?:\.{_label})*|\[(?:\d+(?:\.\d+){{3}}|IPv6:[0-9A-F:.]+)\])"
+    path = rf"<(?:@{_domain}(?:,@{_domain})*:)?({_local}@{_domain}|{_atom})>"
+
+    protocol = "SMTP"  # or ESMTP, after EHLO
+    utf8 = False  # addresses may have letters beyond ASCII
+    stray = re.compile(rb"\n(?:HELP|QUIT|RSET|NOOP|DATA|(?:HELO|EHLO|MAIL|RCPT) .*)\s*\Z", re.I)
+
+    def receive(self) -> None:
+        """Wait for more bytes; if a message seems to end in a command, tell the class."""
+        super().receive()
+        if self.code == 354 and self.server.console and self.stray.search(self.received[-400:]):
+            self.log("-", "this went into the message, which only a line with a single dot ends")
+
+    def match(self, verb: str, pattern: str, arg: str) -> re.Match[str]:
+        """Take an argument apart. That of MAIL and RCPT is an address, and parameters behind it."""
+        if verb in ("HELO", "EHLO"):
+            self.protocol = "SMTP" if verb == "HELO" else "ESMTP"
+        if verb not in ("MAIL", "RCPT"):
+            return super().match(verb, pattern, arg)
+        match = super().match(verb, pattern + "((?: +[!-~]+)*)", arg)
+        self.utf8 = self.utf8 and verb == "RCPT"
+        self.read_parameters(verb, match[2].upper().split())
+        self.check_address(verb, match[1] or "")
+        return match
+
+    def read_parameters(self, verb: str, parameters: list[str]) -> None:
+        """Call the method of each parameter: for SIZE=1000 behind MAIL, mail_SIZE("1000")."""
+        pairs = [parameter.partition("=")[::2] for parameter in parameters]
+        refuse(pairs and self.protocol == "SMTP", 555, "No parameters after HELO: send EHLO first")
+        refuse(len(dict(pairs)) < len(pairs), 501, "The same parameter twice: send it once")
+        for keyword, value in pairs:
+            method = getattr(self, f"{verb.lower()}_{keyword}", None)
+            if not method:
+                raise Refused(555, f"Unknown parameter: send {verb} without it")
+            method(value)
+
+    def check_address(self, verb: str, address: str) -> None:
+        """Refuse an address that fits the grammar, and nothing else."""
+        local, at, _ = address.rpartition("@")
+        lone = not at and address.lower() not in ("", *self.server.lists)
+        lone = lone and (verb == "MAIL" or address.lower() != "postmaster")
+        refuse(lone, 501, "No domain: send an address as in <bob@example.com>")
+        too_long = len(address.encode()) > 254 or len(local.encode()) > 64
+        refuse(too_long, 501, "Too long: 64 octets before the @ and 254 in all are the most")
+        foreign = not address.isascii() and not self.utf8
+        refuse(foreign, 553, "Not ASCII: that takes SMTPUTF8, behind the address in MAIL FROM")
+        if self.server.maildir:
+            self.server.maildir.folder(address)  # refuses what is no name for a directory
+
+    def mail_SIZE(self, value: str) -> None:
+        """Refuse a message that will be too big, before it is sent (RFC 1870)."""
+        refuse(not re.fullmatch("[0-9]{1,20}", value), 501, "Send SIZE=1000 for 1000 octets")
+        limit = self.server.max_size
+        refuse(int(value) > limit, 552, f"Message too big: send {limit} octets at most")
+
+    def mail_BODY(self, value: str) -> None:
+        """Hear whether there will be bytes over 127 (RFC 6152). They pass in any case."""
+        refuse(value not in ("7BIT", "8BITMIME"), 501, "Send BODY=7BIT or BODY=8BITMIME")
+
+    def mail_SMTPUTF8(self, value: str) -> None:
+        """Take addresses in any alphabet (RFC 6531)."""
+        refuse(value, 501, "Send SMTPUTF8 without a value")
+        self.utf8 = True
+
+    def extensions(self) -> list[str]:
+        """Give what EHLO lists. PIPELINING (RFC 2920) is in receive(), which sends replies late."""
+        size = f"SIZE {self.server.max_size}"
+        return [size, "8BITMIME", "PIPELINING", "SMTPUTF8", "EXPN", "HELP"]
+
+    def deliver(self, envelope: Envelope) -> None:
+        """Give a message to the mailroom of part 4, for each recipient once; a list's mail is for
+        its members. A real list would also have bounces go to itself."""
+        members: dict[str, None] = {}
+        for address in envelope.recipients:
+            name = address.rpartition("@")[0] or address
+            members.update(dict.fromkeys(self.server.lists.get(name.lower(), [address])))
+        envelope.recipients = list(members)
+        how = self.protocol + "S" * self.encrypted + "A" * bool(self.user)  # RFC 3848
+        envelope.trace = f"from {self.helo} ([{self.client_address[0]}]) with {how}"
+        self.server.mailroom.publish(envelope)
+
+    def do_EHLO(self, arg: str) -> None:
+        """EHLO your-domain.example
+        Says who you are, and asks what the server can do (RFC 5321 4.1.1.1)."""
+        self.helo, self.envelope = self.match("EHLO", "[!-~]+", arg)[0], None
+        self.reply(250, "Hello", *self.extensions())
 
     def do_RSET(self, arg: str) -> None:
         """RSET
@@ -430,100 +523,538 @@ class ESMTPHandler(Manners, SMTPHandler):
         self.reply(250, "OK")
 
     def do_NOOP(self, arg: str) -> None:
-        """NOOP
-        Does nothing, successfully (RFC 5321 4.1.1.9)."""
+        """NOOP [anything]
+        Does nothing, and says so (RFC 5321 4.1.1.9)."""
         self.reply(250, "OK")
 
-    def receive(self) -> None:
-        """Wait for more bytes; within a message, note when they look like a command."""
-        super().receive()
-        if self.code == 354 and self.server.console and self.stray.search(self.received[-400:]):
-            self.log("-", "that went into the message, which a line with a single dot ends")
+    def do_HELP(self, arg: str) -> None:
+        """HELP [command]
+        Lists the commands, or explains one (RFC 5321 4.1.1.8)."""
+        if not arg:
+            return self.reply(214, " ".join(self.verbs()), "For more: HELP and one of them")
+        refuse(arg.upper() not in self.verbs(), 504, "No such command: HELP alone lists them")
+        doc = getattr(self, "do_" + arg.upper()).__doc__ or arg.upper()
+        self.reply(214, *(line.strip() for line in doc.splitlines()))
+
+    def do_VRFY(self, arg: str) -> None:
+        """VRFY user
+        Asks whether there is such a user (RFC 5321 3.5)."""
+        name = self.match("VRFY", "<?([^<>]+)>?", arg)[1].lower()
+        known = [*self.server.lists, *self.server.users]
+        known += self.server.maildir.addresses() if self.server.maildir else []
+        for address in known:
+            if name in (address.lower(), address.lower().rpartition("@")[0]):
+                return self.reply(250, f"<{address}>")
+        refuse(self.server.users, 550, "No such user")
+        self.reply(252, "Cannot say: send a message and see")
+
+    def do_EXPN(self, arg: str) -> None:
+        """EXPN list
+        Asks who is on a mailing list (RFC 5321 3.5)."""
+        name = self.match("EXPN", "<?([^<>@]+)(?:@[^<>]*)?>?", arg)[1].lower()
+        refuse(name not in self.server.lists, 550, "No such list")
+        self.reply(250, *(f"<{address}>" for address in self.server.lists[name]))
 
 
 # ==================================================================================================
-# PART 3: START AND STOP
+# PART 3: TRUST
+# So far anybody on the way could read all of it, and anybody could have said it. TLS encrypts, and
+# a password tells who is there. Both are for POP3 in part 5, too; so, first, another mixin.
+# ==================================================================================================
+
+
+class Trust(Manners):
+    """A mixin that can step into TLS and check passwords, and keeps them off the console."""
+
+    failures = 0
+    secret = re.compile(r"\s*(AUTH(?: +(?:PLAIN|LOGIN)\b)?|PASS)(.*)", re.IGNORECASE)
+    secret_seen = False
+
+    def start_tls(self) -> None:
+        """Go on in TLS. OSError: the client can't, so the session ends."""
+        assert self.server.tls
+        self.flush()
+        self.received.clear()  # Trap: sent in the clear, so who knows by whom (CVE-2011-0411)
+        self.connection = self.server.tls.wrap_socket(
+            self.connection, server_side=True, do_handshake_on_connect=False
+        )
+        self.connection.do_handshake()  # apart from the line above: hang_up() can end it
+        self.encrypted = True
+
+    def log_in(self, name: str, password: str) -> bool:
+        """Tell whether the password is right; if not, tell the client. Refused(421): third time."""
+        from hmac import compare_digest  # Trap: == takes longer, the more of it is right
+
+        expected = self.server.users.get(name, password)  # no such name? compare all the same
+        if compare_digest(password.encode(), expected.encode()) and name in self.server.users:
+            self.user = name
+            return True
+        self.reply(535, "Wrong name or password")
+        self.failures += 1
+        refuse(self.failures == 3, 421, "Three wrong passwords are enough")
+        return False
+
+    def log(self, who: str, text: str) -> None:
+        """Show a line without its password; behind an AUTH that failed, one may come alone."""
+        if who == "C" and (match := self.secret.match(text)):
+            self.secret_seen = True
+            text = match[1] + (" ********" if match[2] else "")
+        elif who == "C" and self.secret_seen:
+            known = text.partition(" ")[0].upper() in (*self.verbs(), ".", "*")
+            text = text if known else "********"
+        super().log(who, text)
+
+
+class SecureHandler(Trust, ESMTPHandler):
+    """SMTP with STARTTLS and AUTH: what this program speaks."""
+
+    line_limit = 12288  # for the answers that AUTH gets (RFC 4954 4)
+
+    def extensions(self) -> list[str]:
+        """Give what EHLO lists. Trap: clients that see STARTTLS insist on it, so it must work."""
+        if self.server.tls and not self.encrypted:
+            return [*super().extensions(), "STARTTLS"]
+        return [*super().extensions(), *["AUTH PLAIN LOGIN"] * bool(self.server.users)]
+
+    def match(self, verb: str, pattern: str, arg: str) -> re.Match[str]:
+        """Take an argument apart. Refused(530): MAIL needs a password here."""
+        closed = verb == "MAIL" and self.server.require_auth and not self.user
+        refuse(closed, 530, "Send AUTH before MAIL FROM")
+        return super().match(verb, pattern, arg)
+
+    def mail_AUTH(self, value: str) -> None:
+        """Hear who wrote the message (RFC 4954 5): of use to a relay only."""
+
+    def do_STARTTLS(self, arg: str) -> None:
+        """STARTTLS
+        Goes on encrypted, from the start (RFC 3207)."""
+        self.match("STARTTLS", "", arg)
+        refuse(not self.server.tls, 502, "No TLS here: the server was started without --tls")
+        refuse(self.encrypted, 503, "TLS is on already: send EHLO")
+        self.reply(220, "Ready for TLS")
+        self.start_tls()
+        self.helo, self.envelope, self.user = "", None, ""  # RFC 3207 4.2: forget it all
+
+    def do_AUTH(self, arg: str) -> None:
+        """AUTH PLAIN|LOGIN [base64]
+        Logs in, with name and password (RFC 4954)."""
+        name, _, initial = arg.partition(" ")
+        mechanism = getattr(self, "auth_" + name.upper(), None)
+        refuse(not self.server.users, 502, "No passwords: the server was started without --users")
+        refuse(self.server.tls and not self.encrypted, 538, "Send STARTTLS before AUTH")
+        late = not self.helo or self.envelope or self.user
+        refuse(late, 503, "Send AUTH once, after EHLO and before MAIL FROM")
+        if not mechanism:
+            raise Refused(504, "Send AUTH PLAIN or AUTH LOGIN")
+        if self.log_in(*mechanism(initial.strip())):
+            self.reply(235, "Welcome")
+
+    def auth_PLAIN(self, initial: str) -> tuple[str, str]:
+        """Give name and password, from NUL, name, NUL, password (RFC 4616). In front of that may
+        stand for whom one acts: here, only for oneself."""
+        who, _, rest = self.ask("", initial).partition("\0")
+        name, nul, password = rest.partition("\0")
+        refuse(not nul or who not in ("", name), 501, "Send base64 of NUL, name, NUL, password")
+        return name, password
+
+    def auth_LOGIN(self, initial: str) -> tuple[str, str]:
+        """Ask for name and password. It never was a standard, but many clients know it."""
+        return self.ask("Username:", initial), self.ask("Password:")
+
+    def ask(self, question: str, answer: str = "") -> str:
+        """Give the answer to a challenge, if it is not here yet. Both are in base64, which is a
+        way to write bytes and hides nothing. Refused(501): it isn't; or "*", the client gave up."""
+        if not answer:
+            self.reply(334, base64.b64encode(question.encode()).decode())
+            answer = self.read_line()
+            self.log("C", "********")
+        refuse(answer == "*", 501, "AUTH cancelled")
+        try:
+            return base64.b64decode("" if answer == "=" else answer, validate=True).decode()
+        except ValueError:
+            raise Refused(501, "Not base64: send AUTH again") from None
+
+
+# ==================================================================================================
+# PART 4: KEEPING MAIL
+# "250 Message accepted" is a promise: from then on, no crash may lose the message. The mailroom
+# passes it on to all who subscribed, and to the Maildir first, which keeps the promise.
+# ==================================================================================================
+
+
+class Mailroom:
+    """Publish and subscribe: a sender need not know who wants the message, nor how many do."""
+
+    def __init__(self) -> None:
+        self.subscribers: list[Callable[[Envelope], object]] = []
+
+    def subscribe(self, subscriber: Callable[[Envelope], object]) -> None:
+        """Have a function called with each message, before its 250, in the sender's thread. If it
+        raises Refused, the sender hears that, and the subscribers behind it hear nothing."""
+        self.subscribers.append(subscriber)
+
+    def publish(self, envelope: Envelope) -> None:
+        """Call all subscribers. If one breaks, the sender and the others don't notice."""
+        for subscriber in list(self.subscribers):  # a copy, since others may come and go meanwhile
+            try:
+                subscriber(envelope)
+            except Refused:
+                raise
+            except Exception as error:
+                warn(f"a subscriber failed: {error!r}")
+
+
+class Maildir:
+    """A directory for each address, and in it a file for each message. Mail readers know the form.
+
+    A message is written in tmp/ and, when whole, moved to new/. A move happens at once or not at
+    all, so nobody ever finds half a message in new/. A mail reader moves what was read to cur/."""
+
+    host = re.sub("[^A-Za-z0-9.-]", "_", socket.gethostname())
+    numbers = itertools.count(1)
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        os.makedirs(root, exist_ok=True)
+        self.locks: dict[str, object] = {}  # who has a mailbox open, in part 5
+
+    def folder(self, address: str) -> str:
+        """Give the directory of an address. Refused(553): its name would be too long. Trap: an
+        address could be "../x", or "con.x", which is a device on Windows: nothing passes as is."""
+        from urllib.parse import quote
+
+        name = quote(address.lower(), safe="@+").replace("~", "%7E")
+        if re.match(r"\.|(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name):
+            name = f"%{ord(name[0]):02X}{name[1:]}"
+        refuse(len(name) > 255, 553, "Address too long to keep mail for")
+        return os.path.join(self.root, name)
+
+    def addresses(self) -> list[str]:
+        """Give all addresses that have a directory."""
+        from urllib.parse import unquote
+
+        return [unquote(name) for name in os.listdir(self.root)]
+
+    def files(self, address: str) -> list[str]:
+        """Give the files of an address's messages, the oldest first."""
+        found = []
+        for place in ("new", "cur"):
+            with suppress(FileNotFoundError):
+                folder = os.path.join(self.folder(address), place)
+                found += [os.path.join(folder, name) for name in os.listdir(folder)]
+        return sorted(found, key=os.path.basename)
+
+    def store(self, envelope: Envelope) -> None:
+        """Keep a message for every recipient. Refused(452, 451): for none, since that failed."""
+        from email.utils import formatdate  # takes long, so only when needed
+
+        now, fraction = divmod(time.time_ns(), 10**9)
+        name = f"{now}.M{fraction // 1000:06}P{os.getpid()}Q{next(self.numbers)}.{self.host}"
+        envelope.trace += f"\n\tby {self.host} id {name};\n\t{formatdate(localtime=True)}"
+        copies = {self.folder(address): address for address in envelope.recipients}
+        try:
+            for folder, address in copies.items():
+                self.write(folder, name, envelope.copy_for(address))
+            for folder in copies:
+                os.rename(os.path.join(folder, "tmp", name), os.path.join(folder, "new", name))
+                sync(os.path.join(folder, "new"))
+        except OSError as error:
+            for folder, place in itertools.product(copies, ("tmp", "new")):
+                with suppress(OSError):
+                    os.unlink(os.path.join(folder, place, name))
+            warn(f"message not kept: {error}")
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            raise Refused(452 if full else 451, "Not kept, disk trouble: try again later") from None
+
+    def write(self, folder: str, name: str, data: bytes) -> None:
+        """Write a message to a file in tmp/, and on to the disk."""
+        if not os.path.isdir(os.path.join(folder, "new")):
+            for place in ("tmp", "cur", "new"):
+                os.makedirs(os.path.join(folder, place), exist_ok=True)
+            sync(folder)
+            sync(self.root)
+        with open(os.path.join(folder, "tmp", name), "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # Trap: until here it is in memory only, and a crash takes it
+
+
+def sync(folder: str) -> None:
+    """Have the disk know a directory's new entries."""
+    if os.name != "nt":  # Windows has no call for that
+        entry = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(entry)
+        finally:
+            os.close(entry)
+
+
+# ==================================================================================================
+# PART 5: COLLECTING MAIL
+# SMTP brings mail to a server. To fetch it there is another protocol, POP3 (RFC 1939). It has lines
+# and verbs as well, so it takes the LineHandler of part 1, and the mixins of parts 2 and 3.
+# ==================================================================================================
+
+
+class POP3Handler(Trust, LineHandler):
+    """USER and PASS open a mailbox; the other commands are about what is in it at that moment.
+
+    Nothing is deleted before QUIT, so a broken line loses nothing (RFC 1939 6)."""
+
+    backlog = 64  # messages that may wait for a client that said SUBSCRIBE
+    name = ""
+    box: dict[int, str] | None = None  # number and file of each message; None: not logged in
+
+    def finish(self) -> None:
+        """Let others have the mailbox."""
+        if self.box is not None and self.server.maildir:
+            del self.server.maildir.locks[self.name.lower()]
+        super().finish()
+
+    def reply(self, code: int, *lines: str) -> None:
+        """Answer as POP3 does, with +OK or -ERR; more than one line ends in one with a dot."""
+        self.send_line(("+OK " if code < 400 else "-ERR ") + lines[0])
+        for line in lines[1:]:
+            self.send_line(line)
+        super().reply(code)
+
+    def mailbox(self) -> dict[int, str]:
+        """Give the messages that have not been deleted. Refused: nobody has logged in."""
+        if self.box is None:
+            raise Refused(503, "Send USER and PASS first")
+        return self.box
+
+    def pick(self, verb: str, arg: str) -> int:
+        """Give the number of a message that is there, from an argument."""
+        number = int(self.match(verb, "[0-9]{1,9}", arg)[0])
+        refuse(number not in self.mailbox(), 550, "No such message: LIST shows what there is")
+        return number
+
+    def load(self, file: str) -> bytes:
+        """Give a message, its lines ended by CRLF in place of the file's LF."""
+        with open(file, "rb") as opened:
+            return opened.read().replace(b"\n", b"\r\n")
+
+    def send_message(self, data: bytes) -> None:
+        """Send a message, the dots doubled that start a line, and a dot behind it."""
+        self.reply(250, f"{len(data)} octets")
+        data = re.sub(rb"(?m)^\.", b"..", data)
+        self.unsent += data + (b".\r\n" if data.endswith(b"\n") else b"\r\n.\r\n")
+
+    def table(self, verb: str, arg: str, values: dict[int, Any]) -> None:
+        """Answer LIST or UIDL: a line for each message, or just that for the one named."""
+        if arg:
+            number = self.pick(verb, arg)
+            return self.reply(250, f"{number} {values[number]}")
+        lines = [f"{number} {values[number]}" for number in self.mailbox()]
+        self.reply(250, f"{len(lines)} messages", *lines, ".")
+
+    def do_CAPA(self, arg: str) -> None:
+        """CAPA
+        Lists what the server can do (RFC 2449)."""
+        stls = ["STLS"] if self.server.tls and not self.encrypted else []
+        self.reply(250, "This server can do", "USER", "UIDL", "PIPELINING", *stls, ".")
+
+    def do_STLS(self, arg: str) -> None:
+        """STLS
+        Goes on encrypted (RFC 2595 4)."""
+        refuse(not self.server.tls, 502, "No TLS here: the server was started without --tls")
+        refuse(self.encrypted or self.box is not None, 503, "Too late for TLS")
+        self.reply(250, "Ready for TLS")
+        self.start_tls()
+        self.name = ""
+
+    def do_USER(self, arg: str) -> None:
+        """USER address
+        Says whose mail it is about."""
+        readable = self.server.tls and self.server.users and not self.encrypted
+        refuse(readable, 538, "Send STLS before USER")
+        refuse(self.box is not None, 503, "The mailbox is open already")
+        self.name = self.match("USER", "[^ ]+", arg)[0]
+        self.reply(250, "Send PASS")
+
+    def do_PASS(self, arg: str) -> None:
+        """PASS password
+        Opens the mailbox."""
+        refuse(not self.name or self.box is not None, 503, "Send USER before PASS")
+        maildir = self.server.maildir
+        if not maildir or (self.server.users and not self.log_in(self.name, arg)):
+            return
+        mine = maildir.locks.setdefault(self.name.lower(), self) is self
+        refuse(not mine, 450, "[IN-USE] Another session has the mailbox open: try again later")
+        self.box = dict(enumerate(maildir.files(self.name), 1))
+        self.all, self.sizes = dict(self.box), {n: len(self.load(f)) for n, f in self.box.items()}
+        self.reply(250, f"{len(self.box)} messages")
+
+    def do_STAT(self, arg: str) -> None:
+        """STAT
+        Counts messages and octets."""
+        box = self.mailbox()
+        self.reply(250, f"{len(box)} {sum(self.sizes[number] for number in box)}")
+
+    def do_LIST(self, arg: str) -> None:
+        """LIST [message]
+        Tells how many octets a message has."""
+        self.mailbox()
+        self.table("LIST", arg, self.sizes)
+
+    def do_UIDL(self, arg: str) -> None:
+        """UIDL [message]
+        Tells a message's name, which no other ever has."""
+        names = {n: os.path.basename(file)[:70] for n, file in self.mailbox().items()}
+        self.table("UIDL", arg, {n: name.partition(":")[0] for n, name in names.items()})
+
+    def do_RETR(self, arg: str) -> None:
+        """RETR message
+        Sends a message."""
+        self.send_message(self.load(self.mailbox()[self.pick("RETR", arg)]))
+
+    def do_DELE(self, arg: str) -> None:
+        """DELE message
+        Deletes a message, when QUIT comes."""
+        del self.mailbox()[self.pick("DELE", arg)]
+        self.reply(250, "It goes at QUIT")
+
+    def do_RSET(self, arg: str) -> None:
+        """RSET
+        Takes every DELE back."""
+        self.mailbox().update(self.all)
+        self.box = dict(self.all)
+        self.reply(250, "Nothing goes")
+
+    def do_NOOP(self, arg: str) -> None:
+        """NOOP
+        Does nothing."""
+        self.reply(250, "OK")
+
+    def do_QUIT(self, arg: str) -> None:
+        """QUIT
+        Deletes what DELE has named, and ends the session."""
+        self.match("QUIT", "", arg)
+        if self.box is not None:
+            for number in self.all.keys() - self.box.keys():
+                with suppress(FileNotFoundError):  # a mail reader was quicker
+                    os.unlink(self.all[number])
+        self.reply(221, "Bye")
+
+    def do_SUBSCRIBE(self, arg: str) -> None:
+        """SUBSCRIBE
+        Sends each message the moment it is accepted, until you send a line. In no RFC."""
+        self.mailbox()
+        inbox: queue.Queue[Envelope] = queue.Queue(self.backlog)
+
+        def subscriber(envelope: Envelope) -> None:
+            if self.name.lower() in [address.lower() for address in envelope.recipients]:
+                try:
+                    inbox.put_nowait(envelope)  # the sender, whose thread this is, does not wait
+                except queue.Full:
+                    self.hang_up("You read too slowly: your mail is in the mailbox")
+                    self.hang_up("This is no time to be polite")
+
+        self.server.mailroom.subscribe(subscriber)
+        try:
+            self.reply(250, "Send a line to stop")
+            self.forward(inbox)
+        finally:
+            self.server.mailroom.subscribers.remove(subscriber)
+        self.log("C", self.read_line())
+        self.reply(250, "Stopped")
+
+    def forward(self, inbox: queue.Queue[Envelope]) -> None:
+        """Send what comes in, until the client sends something, or the session is to end."""
+        self.heard = float("inf")  # it may be silent as long as it likes
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.connection, selectors.EVENT_READ)
+            while not (self.received or self.farewell or selector.select(0)):
+                self.flush()
+                with suppress(queue.Empty):
+                    message = inbox.get(timeout=0.2).copy_for(self.name)
+                    self.send_message(message.replace(b"\n", b"\r\n"))
+
+
+# ==================================================================================================
+# PART 6: START AND STOP
 # The server that this program runs, what the class sees of it, and the command line.
 # ==================================================================================================
 
 
 class MailServer(SmallServer):
-    """The whole server: it holds the settings, and knows who is connected. For a test suite:
+    """The whole server: its settings, and who is connected. In a test suite:
 
-        with MailServer(("127.0.0.1", 0)) as server:  # port 0 takes any that is free
-            server.subscribe(inbox.append)  # or any function that takes an Envelope
-            server.start()
-            host, port = server.server_address
+    with MailServer(("127.0.0.1", 0)) as server:  # port 0: any that is free
+        server.mailroom.subscribe(inbox.append)  # or any function that takes an Envelope
+        server.start()
+        host, port = server.server_address"""
 
-    address, handler: as for socketserver. settings: values for the attributes below, by name.
-    """
-
-    block_on_close = False  # keep no list of threads, which socketserver would search each time
+    block_on_close = False  # keep no list of threads: socketserver would search it each time
     request_queue_size = 1024  # may wait at the door; after socketserver's 5, one waits for seconds
-    max_clients = 1010  # each takes a file descriptor, and 1024 is a common limit
-    timeout: float = 300  # seconds without a word from the client (RFC 5321 4.5.3.2.7)
-    fail: dict[str, int] = {}  # commands to refuse on purpose, and the codes to do it with
     goodbye = "The server is stopping: try again later"
-    grace: float = 2  # seconds for the sessions to end when the server stops
     serving = False
 
-    def __init__(
-        self, address: Any = ("127.0.0.1", 2525), handler: Any = ESMTPHandler, **settings: Any
-    ) -> None:
-        """Listen. TypeError: no such setting. OSError: the address is not to be had."""
+    # The settings, which are keywords: MailServer(address, timeout=60)
+    max_clients = 1010  # each takes a file descriptor, and often there are 1024
+    timeout: float = 300  # seconds without a word from a client (RFC 5321 4.5.3.2.7)
+    grace: float = 2  # seconds for the sessions to end, when the server stops
+    fail: dict[str, int] = {}  # commands to refuse on purpose, and with which code
+    lists: dict[str, list[str]] = {}  # mailing lists, and the addresses on them
+    users: dict[str, str] = {}  # names and passwords, as they are; a real server has just hashes
+    require_auth = False  # take mail from users only
+    tls: ssl.SSLContext | None = None
+    maildir: Maildir | None = None
+    mailroom: Mailroom | Any = None  # None: make one
+
+    def __init__(self, address: Any, handler: Any = SecureHandler, **settings: Any) -> None:
+        """Listen. TypeError: no such setting. OSError: the address can't be had."""
         for name, value in settings.items():
             if not hasattr(self, name):
                 raise TypeError(f"MailServer has no setting {name!r}")
             setattr(self, name, value)
         self.sessions: set[Manners] = set()
         self.stopping = threading.Event()
-        self.subscribers: list[Callable[[Envelope], object]] = []
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
+        if not self.mailroom:
+            self.mailroom = Mailroom()
+            if self.maildir:
+                self.mailroom.subscribe(self.maildir.store)  # before all others: it may refuse
+            if self.console:
+                self.mailroom.subscribe(self.console.message)
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, handler)
 
     def start(self) -> None:
-        """Serve in a thread of its own. Returns at once."""
+        """Serve in a thread of its own; returns at once."""
         self.serving = True
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def serve_forever(self, poll_interval: float = 0.1) -> None:
-        """Serve until another thread calls stop()."""
-        self.serving = True
+        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
         threading.Thread(target=self.watch, daemon=True).start()
-        super().serve_forever(poll_interval)
+
+    def watch(self) -> None:
+        """Hang up on idle clients. A time limit on each socket would do it, too, but cost one more
+        system call for each read; this is one look at all of them, once a second."""
+        while not self.stopping.wait(min(1, self.timeout / 4)):
+            for session in list(self.sessions):
+                if session.heard < time.monotonic() - self.timeout:
+                    session.hang_up("Nothing heard for too long")
 
     def stop(self) -> None:
-        """Say 421 to every client, give their sessions a little time to end, free the port."""
+        """Say 421 to every client, give the sessions a little time to end, free the port."""
         self.stopping.set()
-        self.hang_up(self.goodbye)
+        for session in list(self.sessions):
+            session.hang_up(self.goodbye)
         if self.serving:
             self.shutdown()
         self.server_close()
         deadline = time.monotonic() + self.grace
         while self.sessions and time.monotonic() < deadline:
             time.sleep(0.01)
-        self.hang_up(self.goodbye)  # whoever is left does not read what it is sent
+        for session in list(self.sessions):
+            session.hang_up(self.goodbye)
 
     def __exit__(self, *exception: object) -> None:
-        """The with block ends: stop."""
+        """The with block ends, and so does the server."""
         self.stop()
 
-    def hang_up(self, farewell: str, heard_before: float = float("inf")) -> None:
-        """End the sessions that were last heard of before a time, on time.monotonic()'s clock."""
-        for session in list(self.sessions):
-            if session.heard < heard_before:
-                session.hang_up(farewell)
-
-    def watch(self) -> None:
-        """Hang up on idle clients. A time limit on each socket would do it too, at the price of
-        one more system call at each read; a look at all of them each second is cheaper."""
-        while not self.stopping.wait(min(1, self.timeout / 4)):
-            self.hang_up("Nothing heard for too long", time.monotonic() - self.timeout)
-
     def get_request(self) -> Any:
-        """Accept a client. OSError: there is no file descriptor left for it. It will be there in
-        a moment, too; without a pause, socketserver would try again and again until then."""
+        """Accept a client. OSError: no file descriptor is left for it. It goes on knocking, and
+        socketserver would try again and again without this little wait."""
         try:
             return super().get_request()
         except OSError:
@@ -532,171 +1063,204 @@ class MailServer(SmallServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Turn away one client too many."""
-        if len(self.sessions) < self.max_clients:
-            return True
+        welcome = len(self.sessions) < self.max_clients
         with suppress(OSError):
-            request.sendall(b"421 Too many clients: try again later\r\n")
-        return False
+            request.sendall(b"" if welcome else b"421 Too many clients: try again later\r\n")
+        return welcome
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say in a line what ended a session; socketserver would print a traceback."""
+        """Say in one line what ended a session; socketserver has a traceback for that."""
         warn(f"session ended: {sys.exc_info()[1]!r}")
-
-    def subscribe(self, subscriber: Callable[[Envelope], object]) -> None:
-        """Have a function called with each accepted message, in the thread of its session."""
-        self.subscribers.append(subscriber)
-
-    def deliver(self, envelope: Envelope) -> None:
-        """Hand an accepted message to all who subscribed."""
-        super().deliver(envelope)
-        for subscriber in self.subscribers:
-            subscriber(envelope)
 
 
 class Projector(Console):
     """A console for the class: colours; the Bcc, odd line ends and encoded text made visible."""
 
-    colours = {"C": "\x1b[32m", "S": "\x1b[34m"}
-
     def __init__(self) -> None:
         self.coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     def show(self, *lines: str) -> None:
-        """Print the lines; not at all once the terminal is gone."""
+        """Print the lines, C green and S blue; or nothing, once the terminal is gone."""
         if self.coloured:
-            paint = lambda m: f"{m[1]}{self.colours[m[2]]}{m[2]}\x1b[0m:"  # noqa: E731
-            lines = tuple(re.sub(r"^(\[\d+\] )([CS]):", paint, line) for line in lines)
+            lines = tuple(re.sub(r"^(\[\d+\] )C:", "\\1\x1b[32mC\x1b[0m:", line) for line in lines)
+            lines = tuple(re.sub(r"^(\[\d+\] )S:", "\\1\x1b[34mS\x1b[0m:", line) for line in lines)
         with suppress(OSError):
             super().show(*lines)
 
     def message(self, envelope: Envelope) -> None:
-        """Print an accepted message: its envelope, the bytes as they came, then encoded text."""
-        import email.utils  # here, since a server that is --quiet starts sooner without it
+        """Print an accepted message: its envelope, all its bytes, and what is encoded in them."""
+        from email import message_from_bytes, utils  # takes long, so only when needed
 
-        mail = email.message_from_bytes(envelope.content)
-        headers = [str(value) for value in mail.values()]
-        named = {address.lower() for _, address in email.utils.getaddresses(headers)}
-        lines = ["---- envelope", f"from <{envelope.sender}>"]
+        mail = message_from_bytes(envelope.content)
+        named = {name.lower() for _, name in utils.getaddresses([str(v) for v in mail.values()])}
+        lines = [f"---- envelope, session {envelope.session}", f"from <{envelope.sender}>"]
         for address in envelope.recipients:
-            hidden = headers and address.lower() not in named
-            lines.append(f"to   <{address}>" + "   (in no header: this is a Bcc)" * bool(hidden))
-        lines.append("---- message")
-        for line in envelope.content.decode("utf-8", "backslashreplace").split("\n"):
-            lines.append(line.removesuffix("\r") if line.endswith("\r") else line + "<LF>")
-        lines[-1] = lines[-1].removesuffix("<LF>")
+            hidden = mail.keys() and address.lower() not in named
+            lines.append(f"to   <{address}>" + ("  (in no header: a Bcc)" if hidden else ""))
+        text = envelope.content.decode("utf-8", "backslashreplace").replace("\r\n", "\r")
+        lines += ["---- message", *text.replace("\n", "<LF>\r").removesuffix("\r").split("\r")]
         for part in mail.walk():
-            encoding = str(part.get("Content-Transfer-Encoding")).lower()
+            encoding = str(part["Content-Transfer-Encoding"]).lower()
             if encoding in ("base64", "quoted-printable") and not part.is_multipart():
-                lines += [f"---- the same, decoded from {encoding}", *decoded(part).split("\n")]
-        self.show(*map(printable, lines), "----")
+                lines += [f"---- decoded from {encoding}", *decoded(part).split("\n")]
+        self.show(*map(printable, [*lines, "----"]))
 
 
 def decoded(part: Any) -> str:
-    """Give a part of a message as text, whatever it claims to be encoded in."""
-    payload: bytes = part.get_payload(decode=True)
-    try:
-        return payload.decode(part.get_content_charset("utf-8"), "backslashreplace")
-    except (LookupError, ValueError):  # no such character set, or none at all
-        return payload.decode("latin-1")
+    """Give the text of a part of a message, whatever character set it claims to be in."""
+    data: bytes = part.get_payload(decode=True)
+    with suppress(LookupError, ValueError):
+        return data.decode(part.get_content_charset("utf-8"), "backslashreplace").rstrip()
+    return data.decode("latin-1").rstrip()
 
 
 EXAMPLES = """\
 examples:
-  mailserver.py                      listen on 127.0.0.1 port 2525, and print each mail
-  mailserver.py --serial             one client at a time: the next one waits for its turn
-  mailserver.py --fail RCPT=450      refuse each recipient, to see what a client makes of it
-  mailserver.py --host 0.0.0.0       let other machines in: no password, no encryption
+  mailserver.py                       listen on 127.0.0.1 port 2525, print each mail
+  mailserver.py --serial              one client at a time: the next one has to wait
+  mailserver.py --fail RCPT=450       refuse every recipient: what does your program do?
+  mailserver.py --maildir Maildir --pop3-port 2526      keep mail, and let it be collected
 """
 
 
-def number(least: int, most: int) -> Callable[[str], int]:
-    """Give the function that reads a flag's value: a whole number within bounds."""
+def read_flags(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line; None is the program's own. A bad flag ends the program: status 2."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("mailserver.py", epilog=EXAMPLES, formatter_class=form)
+    parser.error = lambda text: parser.exit(2, f"mailserver: {text}; see --help\n")  # type: ignore
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add("--port", type=whole, default=2525, help="port (%(default)s); 0 takes a free one")
+    add("--serial", action="store_true", help="serve one client at a time")
+    add("--max-size", type=whole, default=10485760, help="octets in a message (%(default)s)")
+    add("--max-clients", type=whole, default=1010, help="at the same time (%(default)s)")
+    add("--timeout", type=whole, default=300, help="seconds of silence to bear (%(default)s)")
+    add("--fail", type=rule, action="append", default=[], help="refuse: RCPT=450; repeatable")
+    add(
+        "--list",
+        type=rule,
+        action="append",
+        default=[],
+        help="team=ann@example.com,bob@example.com",
+    )
+    add("--tls", nargs=2, metavar=("CERT", "KEY"), help="offer encryption; make cert makes both")
+    add("--users", type=passwords, default={}, metavar="FILE", help="of lines as in name:password")
+    add("--require-auth", action="store_true", help="take mail from these users only")
+    add("--maildir", metavar="DIR", help="keep mail there")
+    add("--pop3-port", type=whole, metavar="PORT", help="let mail be collected there")
+    add("--quiet", action="store_true", help="print neither dialogues nor mail")
+    add("--version", action="version", version=f"mailserver {__version__}")
+    flags = parser.parse_args(argv)
+    if flags.require_auth and not flags.users:
+        parser.error("--require-auth needs --users FILE")
+    if flags.pop3_port is not None and not flags.maildir:
+        parser.error("--pop3-port needs --maildir DIR")
+    return flags
 
-    def read(text: str) -> int:
-        if text.isdecimal() and least <= int(text) <= most:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"give a whole number from {least} to {most}")
 
-    return read
+def whole(text: str) -> int:
+    """Read a number from a flag."""
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError("give a whole number")
 
 
-def failure(text: str) -> tuple[str, int]:
-    """Read the value of --fail: a verb and a code."""
+def rule(text: str) -> tuple[str, Any]:
+    """Read what --fail and --list take."""
     if match := re.fullmatch("([A-Za-z]+)=([45][0-9][0-9])", text):
         return match[1].upper(), int(match[2])
-    raise argparse.ArgumentTypeError("give a command and a code from 400 to 599, as in RCPT=450")
+    if match := re.fullmatch(r"([^@=,\s]+)=([^=,\s]+@[^=,\s]+(,[^=,\s]+@[^=,\s]+)*)", text):
+        return match[1].lower(), match[2].split(",")
+    raise argparse.ArgumentTypeError("write it as in RCPT=450 or team=ann@example.com,bob@x.org")
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the flags."""
-
-    def error(self, message: str) -> NoReturn:
-        """End the program, with status 2."""
-        self.exit(2, f"mailserver: {message} (--help shows examples)\n")
-
-
-def read_flags(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line; None: the program's own. A bad flag ends the program."""
-    parser = ArgumentParser(
-        prog="mailserver.py",
-        description="A mail server for class and desk.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    flag = parser.add_argument
-    flag("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    flag(
-        "--port", type=number(0, 65535), default=2525, help="2525 if not given; 0 picks a free one"
-    )
-    flag("--serial", action="store_true", help="serve one client at a time")
-    flag("--max-size", type=number(1, 2**40), metavar="OCTETS", help="of a message (10 MiB)")
-    flag("--max-clients", type=number(1, 10**6), metavar="N", help="at the same time (1010)")
-    flag("--timeout", type=number(1, 10**6), metavar="SECONDS", help="hang up on the idle (300)")
-    flag("--fail", type=failure, action="append", metavar="VERB=CODE", help="refuse a command")
-    flag("--quiet", action="store_true", help="print neither dialogue nor mail")
-    flag("--version", action="version", version=f"mailserver {__version__}")
-    return parser.parse_args(argv)
+def passwords(path: str) -> dict[str, str]:
+    """Read the file of --users: on each line name:password, or a comment that starts with #."""
+    users = {}
+    with or_end(f"read {path}"), open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            name, _, password = line.strip().partition(":")
+            if name and password and not name.startswith("#"):
+                users[name] = password
+            elif name and not name.startswith("#"):
+                raise argparse.ArgumentTypeError(f"line {number} of {path} is not name:password")
+    return users
 
 
-def listen(host: str, port: int, handler: Any, **settings: Any) -> MailServer:
-    """Make a server; end the program if it can't have the address."""
+@contextmanager
+def or_end(what: str) -> Iterator[None]:
+    """End the program with one line, and status 1, where the with block can't do its work."""
     try:
-        return MailServer((host, port), handler, **settings)
-    except OSError as error:
-        reason = error.strerror or error
-        if error.errno == errno.EADDRINUSE:
-            reason = "it is in use; stop the other server, or choose another --port"
-        elif error.errno == errno.EACCES:
-            reason = "not allowed; choose a --port above 1023"
-        sys.exit(f"mailserver: cannot listen on {host} port {port}: {reason}")
+        yield
+    except (OSError, OverflowError, UnicodeError) as error:
+        sys.exit(f"mailserver: cannot {what}: {getattr(error, 'strerror', None) or error}")
 
 
-def main(argv: list[str] | None = None, handler: Any = ESMTPHandler) -> None:
+def listen(flags: argparse.Namespace, port: int, handler: Any, **settings: Any) -> MailServer:
+    """Make a server and say where it is."""
+    other = "; choose another --port" if port else ""
+    with or_end(f"listen on {flags.host} port {port}{other}"):
+        server = MailServer((flags.host, port), handler, **settings)
+    host, port = str(server.server_address[0]), server.server_address[1]
+    protocol = "POP3" if handler is POP3Handler else "SMTP"
+    print(f"mailserver {__version__} listens on {host} port {port} for {protocol}", flush=True)
+    return server
+
+
+def main(argv: list[str] | None = None, handler: Any = SecureHandler) -> None:
     """Run the program: read the flags, listen, serve, wait for Ctrl-C or TERM, stop."""
     flags = read_flags(argv)
-    settings = {"fail": dict(flags.fail or ()), "serial": flags.serial}
-    for name in ("max_size", "max_clients", "timeout"):
-        if getattr(flags, name):
-            settings[name] = getattr(flags, name)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a client's letters
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the terminal may lack a client's letters
         sys.stdout.reconfigure(errors="backslashreplace")
+    names = ("serial", "max_size", "max_clients", "timeout", "users", "require_auth")
+    settings = {name: getattr(flags, name) for name in names}
+    settings |= {"fail": dict(flags.fail), "lists": dict(flags.list)}
+    settings["console"] = None if flags.quiet else Projector()
+    if flags.tls:
+        settings["tls"] = tls_context(*flags.tls)
+    if flags.maildir:
+        with or_end(f"keep mail in {flags.maildir}"):
+            settings["maildir"] = Maildir(flags.maildir)
     stopped: list[int] = []
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, lambda sign, _: stopped.append(sign))
-    console = None if flags.quiet else Projector()
-    server = listen(flags.host, flags.port, handler, console=console, **settings)
-    host, port = str(server.server_address[0]), server.server_address[1]
-    print(f"mailserver {__version__} listens on {host} port {port}", flush=True)
-    if console:
-        console.show(
-            f"To try it, type in another terminal: telnet {host} {port}", "To stop it: Ctrl-C"
-        )
-    if not host.startswith("127.") and host != "::1":
-        warn("other machines can reach this server: anyone there may send to it")
-    server.start()
+    servers = [listen(flags, flags.port, handler, **settings)]
+    if flags.pop3_port is not None:
+        settings |= {"mailroom": servers[0].mailroom, "timeout": 2 * flags.timeout}  # RFC 1939 3
+        servers.append(listen(flags, flags.pop3_port, POP3Handler, **settings))
+    announce(servers)
+    for server in servers:
+        server.start()
     while not stopped:
         time.sleep(0.1)
-    server.stop()
+    for server in servers:
+        server.stop()
+
+
+def announce(servers: list[MailServer]) -> None:
+    """Say what to do with the server, and warn of what others could do with it."""
+    host, port = str(servers[0].server_address[0]), servers[0].server_address[1]
+    if servers[0].console:
+        servers[0].console.show(f"To try it, type in another terminal: telnet {host} {port}")
+        servers[0].console.show("To stop it: Ctrl-C")
+    if not host.startswith("127.") and host != "::1":
+        warn("other machines can reach this server: anyone there can send it mail")
+    if servers[0].users and not servers[0].tls:
+        warn("passwords come in the clear: whoever is on the way can read them; see --tls")
+    if servers[1:] and not servers[0].users:
+        warn("any password opens any mailbox; see --users")
+
+
+def tls_context(cert: str, key: str) -> ssl.SSLContext:
+    """Make what is needed for TLS of a certificate and its key."""
+    import ssl  # takes long, so only when needed
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # Trap: else no 421 at the end
+    with or_end(f"use {cert} and {key} (make cert makes such a pair)"):
+        context.load_cert_chain(cert, key)
+    return context
 
 
 if __name__ == "__main__":

@@ -11,14 +11,17 @@ the end sends a bare LF in place of CRLF, "\\c" sends no line end, and "\\x1b" i
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
+import poplib
 import random
 import re
 import shutil
 import signal
 import smtplib
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -126,7 +129,7 @@ class DialogueTest(unittest.TestCase):
         self.inbox: list[Envelope] = []
         server = MailServer(("127.0.0.1", 0), **settings)
         self.addCleanup(server.stop)
-        server.subscribe(self.inbox.append)
+        server.mailroom.subscribe(self.inbox.append)
         server.start()
         return server
 
@@ -456,7 +459,7 @@ class WireTest(DialogueTest):
         )
 
     def test_a_line_too_long_is_thrown_away_whole(self) -> None:
-        limit = mailserver.SMTPHandler.line_limit
+        limit = mailserver.SecureHandler.line_limit
         for size in (limit, limit + 1, 100_000):
             with self.subTest(size):
                 self.dialogue(
@@ -718,7 +721,7 @@ class ProjectorTest(unittest.TestCase):
 
     def test_envelope_and_bcc(self) -> None:
         text = self.show(b"To: Bob <B@example.com>\r\n\r\nhi\r\n", "b@example.com", "c@example.com")
-        self.assertIn("from <a@example.com>\nto   <b@example.com>\nto   <c@example.com>   (", text)
+        self.assertIn("from <a@example.com>\nto   <b@example.com>\nto   <c@example.com>  (", text)
         self.assertNotIn("(", self.show(b"no headers\r\n", "b@example.com"))
 
     def test_line_ends(self) -> None:
@@ -774,6 +777,875 @@ class PlainClientsTest(DialogueTest):
         self.assertEqual(
             self.inbox[0].content.replace(b"\r\n", b"\n").strip(), b"Subject: x\n\n.\nunix"
         )
+
+
+EHLO = """S: 220 Simple Mail Server
+C: EHLO example.com
+S: 250-Hello
+S: 250-SIZE 10485760
+S: 250-8BITMIME
+S: 250-PIPELINING
+S: 250-SMTPUTF8
+S: 250-EXPN
+S: 250 HELP
+"""
+MESSAGE = "C: Subject: x\nC:\nC: hello\nC: .\nS: 250 Message accepted\n"
+
+
+class ExtensionTest(DialogueTest):
+    """Part 2: the other commands, and what EHLO offers."""
+
+    settings = {"lists": {"team": ["ann@example.com", "bob@example.com"]}}
+
+    def test_parameters(self) -> None:
+        self.dialogue(
+            EHLO
+            + """
+            C: MAIL FROM:<a@example.com> SIZE=1000 BODY=8BITMIME SMTPUTF8
+            S: 250 OK
+            C: RSET
+            S: 250 OK
+            C: MAIL FROM:<a@example.com> size=10485760 body=7bit
+            S: 250 OK
+            C: RCPT TO:<b@example.com> NOTIFY=NEVER
+            S: 555 Unknown parameter...RCPT...
+            C: RCPT TO:<b@example.com>
+            S: 250 OK
+            C: RSET
+            S: 250 OK
+            C: MAIL FROM:<a@example.com> SIZE=10485761
+            S: 552 Message too big...
+            C: MAIL FROM:<a@example.com> SIZE
+            S: 501 ...SIZE=1000...
+            C: MAIL FROM:<a@example.com> SIZE=big
+            S: 501 ...SIZE=1000...
+            C: MAIL FROM:<a@example.com> BODY=9BIT
+            S: 501 ...BODY=8BITMIME...
+            C: MAIL FROM:<a@example.com> SMTPUTF8=yes
+            S: 501 ...SMTPUTF8...
+            C: MAIL FROM:<a@example.com> SIZE=1 SIZE=1
+            S: 501 ...once
+            C: MAIL FROM:<a@example.com> FROB=1
+            S: 555 Unknown parameter...MAIL...
+            C: MAIL FROM:<a@example.com> __CLASS__
+            S: 555 Unknown parameter...
+            C: DATA
+            S: 503 Send MAIL FROM before DATA
+            C: HELO example.com
+            S: 250 Hello
+            C: MAIL FROM:<a@example.com> SIZE=1000
+            S: 555 No parameters after HELO...EHLO...
+            C: MAIL FROM:<a@example.com>
+            S: 250 OK
+        """
+        )
+
+    def test_utf8_only_when_asked_for(self) -> None:
+        self.dialogue(
+            EHLO
+            + """
+            C: MAIL FROM:<jos\xe9@example.com>
+            S: 553 ...SMTPUTF8...
+            C: MAIL FROM:<jos\xe9@example.com> SMTPUTF8
+            S: 250 OK
+            C: RCPT TO:<\u7528\u6237@\u4f8b\u5b50.example>
+            S: 250 OK
+            C: RSET
+            S: 250 OK
+            C: MAIL FROM:<a@example.com>
+            S: 250 OK
+            C: RCPT TO:<jos\xe9@example.com>
+            S: 553 ...SMTPUTF8...
+        """
+        )
+
+    def test_pipelining_answers_in_one_go(self) -> None:
+        with self.connect() as client:
+            client.line()
+            client.send(
+                b"EHLO x\r\nMAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\n"
+            )
+            self.assertTrue(
+                client.socket.recv(10_000).endswith(b"354 End data with <CR><LF>.<CR><LF>\r\n")
+            )
+
+    def test_help(self) -> None:
+        self.dialogue("""
+            S: 220 ...
+            C: HELP
+            S: 214-AUTH DATA EHLO EXPN HELO HELP MAIL NOOP QUIT RCPT RSET STARTTLS VRFY
+            S: 214 ...HELP...
+            C: help mail
+            S: 214-MAIL FROM:<sender@example.com>
+            S: 214 Opens an envelope...
+            C: HELP FROB
+            S: 504 No such command...
+        """)
+
+    def test_every_command_has_a_syntax_and_a_sentence(self) -> None:
+        for handler in (mailserver.SecureHandler, mailserver.POP3Handler):
+            for verb in (name[3:] for name in dir(handler) if name.startswith("do_")):
+                syntax, sentence = getattr(handler, "do_" + verb).__doc__.split("\n")
+                self.assertEqual(syntax.split(" ")[0], verb)
+                self.assertTrue(sentence.endswith("."), sentence)
+
+    def test_vrfy_and_expn(self) -> None:
+        self.dialogue("""
+            S: 220 ...
+            C: VRFY somebody
+            S: 252 ...
+            C: VRFY Team
+            S: 250 <team>
+            C: VRFY
+            S: 501 Syntax: VRFY user
+            C: EXPN team
+            S: 250-<ann@example.com>
+            S: 250 <bob@example.com>
+            C: EXPN TEAM@any.example
+            S: 250-<ann@example.com>
+            S: 250 <bob@example.com>
+            C: EXPN nobody
+            S: 550 No such list
+        """)
+
+    def test_mail_to_a_list_goes_to_its_members(self) -> None:
+        for to in ("team", "TEAM@any.example"):
+            self.inbox.clear()
+            rcpt = f"C: RCPT TO:<{to}>\nS: 250 OK\nC: RCPT TO:<bob@example.com>\nS: 250 OK\n"
+            self.dialogue(
+                HELLO + "C: MAIL FROM:<a@example.com>\nS: 250 OK\n" + rcpt + DATA + MESSAGE
+            )
+            self.assertEqual(self.inbox[0].recipients, ["ann@example.com", "bob@example.com"])
+
+
+class AddressTest(DialogueTest):
+    """Paths, by RFC 5321 4.1.2: what is sent, and what is in the envelope then; None: refused."""
+
+    table: list[tuple[str, str | None]] = [
+        ("<bob@example.com>", "bob@example.com"),
+        ("<Bob.B+tag@Example.COM>", "Bob.B+tag@Example.COM"),
+        ("<!#$%&'*+-/=?^_`{|}~@example.com>", "!#$%&'*+-/=?^_`{|}~@example.com"),
+        ('<"a b"@example.com>', '"a b"@example.com'),
+        (r'<"a\"b>@"@example.com>', r'"a\"b>@"@example.com'),
+        ('<""@example.com>', '""@example.com'),
+        ("<bob@[192.0.2.1]>", "bob@[192.0.2.1]"),
+        ("<bob@[IPv6:2001:db8::1]>", "bob@[IPv6:2001:db8::1]"),
+        ("<@a.example,@b.example:bob@example.com>", "bob@example.com"),
+        ("<bob@localhost>", "bob@localhost"),
+        ("<bob@a-b.example>", "bob@a-b.example"),
+        ("<Postmaster>", "Postmaster"),
+        (f"<{'x' * 64}@example.com>", f"{'x' * 64}@example.com"),
+        (f"<{'x' * 65}@example.com>", None),
+        (f"<x@{'e' * 251}.x>", None),
+        (f"<x@{'e' * 250}.x>", f"x@{'e' * 250}.x"),
+        ("<>", None),
+        ("<bob>", None),
+        ("<bob@>", None),
+        ("<@example.com>", None),
+        ("<bob@@example.com>", None),
+        ("<.bob@example.com>", None),
+        ("<bob.@example.com>", None),
+        ("<b..b@example.com>", None),
+        ("<bob@-a.example>", None),
+        ("<bob@a-.example>", None),
+        ("<bob@a..example>", None),
+        ("<bob@example.com.>", None),
+        ("<bob@[nonsense]>", None),
+        ('<"a"b"@example.com>', None),
+        ('<"a@example.com>', None),
+        ("<<bob@example.com>>", None),
+        ("bob@example.com", None),
+        ("<bob@example.com>x", None),
+    ]
+
+    def test_recipients(self) -> None:
+        for path, address in self.table:
+            with self.subTest(path):
+                self.inbox.clear()
+                text = HELLO + "C: MAIL FROM:<>\nS: 250 OK\n"
+                if address is None:
+                    self.dialogue(text + f"C: RCPT TO:{path}\nS: 501 ...\n")
+                else:
+                    text += f"C: RCPT TO:{path}\nS: 250 OK\n" + DATA + MESSAGE
+                    self.play(text.splitlines())
+                    self.assertEqual(self.inbox[0].recipients, [address])
+
+    def test_senders(self) -> None:
+        for path, address in self.table:
+            if path in ("<>", "<Postmaster>"):
+                continue
+            with self.subTest(path):
+                text = HELLO + f"C: MAIL FROM:{path}\nS: {'250 OK' if address else '501 ...'}\n"
+                self.play(text.splitlines())
+
+    def test_hostile_addresses_take_no_time(self) -> None:
+        for local in ("a." * 200, '"' + "\\a" * 200, "a-" * 200 + "@", "x@" + "a-" * 200):
+            self.dialogue(HELLO + f"C: MAIL FROM:<{local}\nS: 501 ...\n")
+
+
+def certificate(folder: str) -> tuple[str, str]:
+    """Make a certificate for localhost, and its key."""
+    cert, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -keyout"
+    names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    subprocess.run([*command.split(), key, "-out", cert, *names], check=True, capture_output=True)
+    return cert, key
+
+
+class TLSTest(DialogueTest):
+    """What runs on top of a certificate."""
+
+    cert: str
+    key: str
+    context: ssl.SSLContext
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        if not shutil.which("openssl"):
+            raise unittest.SkipTest("openssl is not installed")
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.cert, cls.key = certificate(folder.name)
+        cls.settings = {**cls.settings, "tls": mailserver.tls_context(cls.cert, cls.key)}
+        cls.context = ssl.create_default_context(cafile=cls.cert)
+
+    def encrypt(self, client: Client) -> None:
+        """Do the client's part of the handshake."""
+        client.file.close()
+        client.socket = self.context.wrap_socket(client.socket, server_hostname="localhost")
+        client.file = client.socket.makefile("rb")
+
+    def converse(self, client: Client, text: str) -> None:
+        """Play a piece of a dialogue, line by line."""
+        for line in filter(None, map(str.strip, text.splitlines())):
+            if line.startswith("C:"):
+                client.send(octets(line[3:]))
+            else:
+                self.expect(client, line[3:])
+
+
+class SecureTest(TLSTest):
+    settings = {"users": {"ann@example.com": "secret", "bob": "pass word"}, "require_auth": True}
+
+    def test_before_and_after_the_handshake(self) -> None:
+        before = EHLO.replace("250 HELP", "250-HELP\nS: 250 STARTTLS")
+        after = EHLO.replace("250 HELP", "250-HELP\nS: 250 AUTH PLAIN LOGIN").split("\n", 1)[1]
+        with self.connect() as client:
+            self.converse(
+                client,
+                before
+                + """
+                C: AUTH PLAIN AGJvYgBwYXNzIHdvcmQ=
+                S: 538 Send STARTTLS before AUTH
+                C: STARTTLS now
+                S: 501 Syntax: STARTTLS
+                C: STARTTLS
+                S: 220 Ready for TLS
+            """,
+            )
+            self.encrypt(client)
+            self.converse(
+                client,
+                """
+                C: AUTH PLAIN AGJvYgBwYXNzIHdvcmQ=
+                S: 503 ...EHLO...
+                C: MAIL FROM:<a@example.com>
+                S: 503 Send HELO before MAIL FROM
+            """
+                + after
+                + """
+                C: MAIL FROM:<a@example.com>
+                S: 530 Send AUTH before MAIL FROM
+                C: STARTTLS
+                S: 503 TLS is on already...
+                C: AUTH PLAIN AGJvYgBwYXNzIHdvcmQ=
+                S: 235 Welcome
+                C: AUTH PLAIN AGJvYgBwYXNzIHdvcmQ=
+                S: 503 ...once...
+                C: MAIL FROM:<a@example.com> AUTH=<>
+                S: 250 OK
+                C: RCPT TO:<b@example.com>
+                S: 250 OK
+            """
+                + DATA
+                + MESSAGE
+                + BYE,
+            )
+        self.assertIn("with ESMTPSA", self.inbox[0].trace)
+
+    def test_what_was_sent_with_starttls_is_forgotten(self) -> None:
+        with self.connect() as client:
+            self.converse(client, "S: 220 ...\n")
+            client.send(b"EHLO x\r\nSTARTTLS\r\nRSET\r\nMAIL FROM:<evil@example.com>\r\nX")
+            while not client.line().startswith("220"):
+                pass
+            self.encrypt(client)
+            self.converse(client, "C: NOOP\nS: 250 OK\nC: RCPT TO:<b@example.com>\nS: 503 ...\n")
+
+    def test_a_failed_handshake_ends_the_session_quietly(self) -> None:
+        for junk in (b"this is no handshake\r\n", b""):
+            with self.connect() as client:
+                self.converse(client, "S: 220 ...\nC: STARTTLS\nS: 220 ...\n")
+                client.send(junk)
+                client.socket.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(ConnectionError):
+                    while client.socket.recv(1000):
+                        pass
+        wait_until(lambda: not self.server.sessions)
+
+    def test_stop_and_silence_during_a_handshake_and_in_tls(self) -> None:
+        self.server = self.serve(**self.settings, timeout=0.3)
+        silent, client = self.connect(), self.connect()
+        for one in (silent, client):
+            self.converse(one, "S: 220 ...\nC: STARTTLS\nS: 220 ...\n")
+        self.encrypt(client)
+        self.expect(client, "421 Nothing heard...")
+        self.assertEqual(client.line(), "(closed)")
+        wait_until(lambda: not self.server.sessions)
+
+    def test_smtplib(self) -> None:
+        host, port = self.server.server_address[:2]
+        for method in ("auth_plain", "auth_login"):
+            with smtplib.SMTP("localhost", port) as client:
+                client.starttls(context=self.context)
+                client.user, client.password = "ann@example.com", "secret"
+                client.ehlo()
+                client.auth(method[5:], getattr(client, method))
+                client.sendmail("a@example.com", "b@example.com", "Subject: x\n\nhello\n")
+        with smtplib.SMTP("localhost", port) as client:
+            client.starttls(context=self.context)
+            with self.assertRaises(smtplib.SMTPAuthenticationError):
+                client.login("ann@example.com", "wrong")
+        self.assertEqual(len(self.inbox), 2)
+
+    def test_old_tls_is_refused(self) -> None:
+        self.assertEqual(self.settings["tls"].minimum_version, ssl.TLSVersion.TLSv1_2)
+
+    @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
+    def test_curl(self) -> None:
+        port = self.server.server_address[1]
+        command = f"curl -sS --ssl-reqd --cacert {self.cert} --user bob:pass%20word"
+        command += (
+            f" smtp://localhost:{port} --mail-from a@example.com --mail-rcpt b@example.com -T -"
+        )
+        words = [word.replace("%20", " ") for word in command.split()]
+        subprocess.run(words, input=b"Subject: x\n\nhi\n", check=True, timeout=PATIENCE)
+        self.assertEqual(len(self.inbox), 1)
+
+
+class AuthTest(DialogueTest):
+    """AUTH in the clear. The user is "ann", the password "secret"."""
+
+    settings = {"users": {"ann": "secret"}}
+    ehlo = "S: 220 ...\nC: EHLO x\n" + "S: 250-...\n" * 7 + "S: 250 AUTH PLAIN LOGIN\n"
+
+    def test_mechanisms(self) -> None:
+        for dialogue in (
+            "C: AUTH PLAIN AGFubgBzZWNyZXQ=\n",
+            "C: auth plain AGFubgBzZWNyZXQ=\n",
+            "C: AUTH PLAIN YW5uAGFubgBzZWNyZXQ=\n",
+            "C: AUTH PLAIN\nS: 334 ...\nC: AGFubgBzZWNyZXQ=\n",
+            "C: AUTH LOGIN\nS: 334 VXNlcm5hbWU6\nC: YW5u\nS: 334 UGFzc3dvcmQ6\nC: c2VjcmV0\n",
+            "C: AUTH LOGIN YW5u\nS: 334 UGFzc3dvcmQ6\nC: c2VjcmV0\n",
+        ):
+            with self.subTest(dialogue):
+                self.dialogue(
+                    self.ehlo + dialogue + "S: 235 Welcome\nC: AUTH PLAIN\nS: 503 ...once..."
+                )
+
+    def test_refusals(self) -> None:
+        for dialogue in (
+            "C: AUTH\nS: 504 ...AUTH PLAIN...\n",
+            "C: AUTH CRAM-MD5\nS: 504 ...AUTH PLAIN...\n",
+            "C: AUTH PLAIN\nS: 334 ...\nC: *\nS: 501 AUTH cancelled\n",
+            "C: AUTH LOGIN\nS: 334 ...\nC: *\nS: 501 AUTH cancelled\n",
+            "C: AUTH PLAIN !!!\nS: 501 Not base64...\n",
+            "C: AUTH PLAIN /w==\nS: 501 Not base64...\n",
+            "C: AUTH PLAIN AAA\nS: 501 Not base64...\n",
+            "C: AUTH PLAIN YW5u\nS: 501 ...NUL...\n",
+            "C: AUTH PLAIN =\nS: 501 ...NUL...\n",
+            "C: AUTH PLAIN Ym9iAGFubgBzZWNyZXQ=\nS: 501 ...NUL...\n",
+            "C: AUTH PLAIN AGFubgB3cm9uZw==\nS: 535 Wrong name or password\n",
+            "C: AUTH PLAIN AGJvYgBzZWNyZXQ=\nS: 535 Wrong name or password\n",
+            "C: MAIL FROM:<a@example.com>\nS: 250 OK\nC: AUTH PLAIN AGFubgBzZWNyZXQ=\nS: 503 ...\n",
+        ):
+            with self.subTest(dialogue):
+                self.dialogue(self.ehlo + dialogue + "C: NOOP\nS: 250 OK\n")
+
+    def test_three_failures(self) -> None:
+        wrong = "C: AUTH PLAIN AGFubgB3cm9uZw==\nS: 535 Wrong name or password\n"
+        self.dialogue(self.ehlo + wrong * 3 + "S: 421 ...\nS: (closed)\n")
+
+    def test_before_ehlo(self) -> None:
+        self.dialogue("S: 220 ...\nC: AUTH PLAIN AGFubgBzZWNyZXQ=\nS: 503 ...EHLO...\n")
+
+    def test_vrfy_where_users_are_listed(self) -> None:
+        self.dialogue("S: 220 ...\nC: VRFY ANN\nS: 250 <ann>\nC: VRFY bob\nS: 550 No such user\n")
+
+    def test_the_same_work_for_a_name_that_is_not_there(self) -> None:
+        compared = []
+
+        def compare(one: bytes, other: bytes) -> bool:
+            compared.append((one, other))
+            return one == other
+
+        with unittest.mock.patch("hmac.compare_digest", compare):
+            for text in ("AGFubgB3cm9uZw==", "AGJvYgB3cm9uZw=="):
+                self.play((self.ehlo + f"C: AUTH PLAIN {text}\nS: 535 ...").splitlines())
+        self.assertEqual(compared, [(b"wrong", b"secret"), (b"wrong", b"wrong")])
+
+    def test_no_password_on_the_console(self) -> None:
+        console = Recorder()
+        self.server = self.serve(**self.settings, console=console)
+        for dialogue in (
+            "C: AUTH PLAIN AGFubgBzZWNyZXQ=\nS: 235 Welcome\n",
+            "C: auth  plain  AGFubgBzZWNyZXQ=\nS: 235 Welcome\n",
+            "C: AUTH AGFubgBzZWNyZXQ=\nS: 504 ...\n",
+            "C: AUTH PLAIN\nS: 334 ...\nC: AGFubgBzZWNyZXQ=\nS: 235 Welcome\n",
+            "C: AUTH LOGIN\nS: 334 ...\nC: YW5u\nS: 334 ...\nC: c2VjcmV0\nS: 235 Welcome\n",
+            "C: AUTH FROB\nS: 504 ...\nC: YW5u\nS: 500 ...\nC: c2VjcmV0\nS: 500 ...\n",
+            "C:  AUTH PLAIN AGFubgBzZWNyZXQ=\nS: 500 ...\n",
+        ):
+            self.dialogue(self.ehlo + dialogue)
+        shown = "\n".join(console.lines)
+        self.assertNotRegex(shown, "AGFubgBzZWNyZXQ=|c2VjcmV0|secret")
+        self.assertIn("C: AUTH PLAIN ********", shown)
+
+    def test_not_offered_without_users(self) -> None:
+        self.server = self.serve()
+        self.dialogue(EHLO + "C: AUTH PLAIN\nS: 502 ...--users\nC: STARTTLS\nS: 502 ...--tls\n")
+
+
+def files(folder: str) -> list[Path]:
+    """Give all files of all mailboxes."""
+    return sorted(path for path in Path(folder).glob("*/*/*") if path.is_file())
+
+
+class KeepingTest(DialogueTest):
+    """Part 4: the mailroom and the Maildir."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        self.maildir = mailserver.Maildir(self.folder)
+        self.settings = {"maildir": self.maildir}
+        super().setUp()
+
+    def send(self, *recipients: str, text: str = MESSAGE) -> None:
+        rcpt = "".join(f"C: RCPT TO:<{address}>\nS: 250 OK\n" for address in recipients)
+        self.play(
+            (HELLO + "C: MAIL FROM:<a@example.com>\nS: 250 OK\n" + rcpt + DATA + text).splitlines()
+        )
+
+    def test_a_copy_for_each_recipient(self) -> None:
+        self.send("Bob@example.com", "ann@example.com", "bob@EXAMPLE.com", "ann@example.com")
+        self.assertEqual(
+            [path.relative_to(self.folder).parts[:2] for path in files(self.folder)],
+            [("ann@example.com", "new"), ("bob@example.com", "new")],
+        )
+        text = files(self.folder)[0].read_bytes()
+        self.assertRegex(
+            text.decode(),
+            r"^Return-Path: <a@example\.com>\nDelivered-To: ann@example\.com\n"
+            r"Received: from example\.com \(\[127\.0\.0\.1\]\) with SMTP\n"
+            r"\tby \S+ id \S+;\n\t\w{3}, \d\d? \w{3} \d{4} \d\d:\d\d:\d\d [+-]\d{4}\n"
+            r"Subject: x\n\nhello\n$",
+        )
+
+    def test_mailbox_reads_it(self) -> None:
+        import mailbox
+
+        self.send("bob@example.com")
+        box = mailbox.Maildir(os.path.join(self.folder, "bob@example.com"), create=False)
+        self.assertEqual([message["Subject"] for message in box], ["x"])
+
+    def test_names_of_directories(self) -> None:
+        for address, name in [
+            ("bob@example.com", "bob@example.com"),
+            ("Bob+x_y-z@Example.COM", "bob+x_y-z@example.com"),
+            ("~a!@example.com", "%7Ea%21@example.com"),
+            ('"../../etc"@example.com', "%22..%2F..%2Fetc%22@example.com"),
+            ("..", "%2E."),
+            (".", "%2E"),
+            ("con", "%63on"),
+            ("NUL.x@example.com", "%6Eul.x@example.com"),
+            ("com1.x@example.com", "%63om1.x@example.com"),
+            ("console@example.com", "console@example.com"),
+            ("b@[IPv6:::1]", "b@%5Bipv6%3A%3A%3A1%5D"),
+            ("jos\xe9@example.com", "jos%C3%A9@example.com"),
+        ]:
+            self.assertEqual(os.path.relpath(self.maildir.folder(address), self.folder), name)
+
+    def test_too_long_a_name(self) -> None:
+        long = "\xe9" * 30 + "@" + "\u7528" * 60 + ".example"
+        self.dialogue(
+            EHLO
+            + f"C: MAIL FROM:<a@example.com> SMTPUTF8\nS: 250 OK\nC: RCPT TO:<{long}>\nS: 553 ...\n"
+        )
+
+    def test_vrfy_knows_mailboxes(self) -> None:
+        self.send("bob@example.com")
+        self.dialogue(
+            "S: 220 ...\nC: VRFY bob\nS: 250 <bob@example.com>\nC: VRFY ann\nS: 252 ...\n"
+        )
+
+    def test_order_of_what_happens(self) -> None:
+        calls: list[str] = []
+
+        def spy(name: str) -> Any:
+            real = getattr(os, name)
+
+            def call(*args: Any, **keywords: Any) -> Any:
+                calls.append(name)
+                return real(*args, **keywords)
+
+            return unittest.mock.patch.object(os, name, call)
+
+        self.send("bob@example.com")
+        with spy("open"), spy("rename"), spy("fsync"):
+            self.send("bob@example.com")
+        self.assertEqual(calls, ["fsync", "rename", "open", "fsync"])
+
+    def test_failures(self) -> None:
+        for number, code in [
+            (errno.ENOSPC, 452),
+            (errno.EDQUOT, 452),
+            (errno.EACCES, 451),
+            (errno.EIO, 451),
+        ]:
+            for name in ("fsync", "rename"):
+                real, left = getattr(os, name), [2]
+
+                def fail(
+                    *args: Any, real: Any = real, number: int = number, left: list[int] = left
+                ) -> Any:
+                    left[0] -= 1
+                    if left[0] < 0:
+                        raise OSError(number, os.strerror(number))
+                    return real(*args)
+
+                self.send("ann@example.com", "bob@example.com")
+                before = files(self.folder)
+                with self.subTest((number, name)), unittest.mock.patch.object(os, name, fail):
+                    left[0] = 1
+                    self.send("ann@example.com", "bob@example.com", text=f"C: .\nS: {code} ...\n")
+                self.assertEqual(files(self.folder), before)
+        self.assertEqual(len(self.warnings), 8)
+        self.warnings.clear()
+
+    def test_subscribers(self) -> None:
+        def broken(envelope: Envelope) -> None:
+            raise ValueError("no")
+
+        last: list[Envelope] = []
+        self.server.mailroom.subscribe(broken)
+        self.server.mailroom.subscribe(last.append)
+        self.send("bob@example.com")
+        self.assertEqual(len(last), 1)
+        self.assertEqual(len(self.warnings), 1)
+        self.warnings.clear()
+
+    def test_a_subscriber_may_refuse(self) -> None:
+        def picky(envelope: Envelope) -> None:
+            raise mailserver.Refused(554, "Not today")
+
+        self.server = self.serve()
+        self.server.mailroom.subscribe(picky)
+        self.send("bob@example.com", text="C: .\nS: 554 Not today\n")
+
+
+class POP3Test(TLSTest):
+    """Part 5: mail is collected, and looked at while it comes."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder, maildir = folder.name, mailserver.Maildir(folder.name)
+        plain: dict[str, Any] = {"maildir": maildir, "mailroom": mailserver.Mailroom()}
+        plain["mailroom"].subscribe(maildir.store)
+        self.settings = plain
+        super().setUp()
+        self.smtp = self.server
+        self.server = self.serve(handler=mailserver.POP3Handler, **plain)
+
+    def send(self, text: str = "Subject: x\n\nhello\n", to: str = "bob@example.com") -> None:
+        with smtplib.SMTP("127.0.0.1", self.smtp.server_address[1]) as client:
+            client.sendmail("a@example.com", to, text)
+
+    def open_mailbox(self) -> Client:
+        client = self.connect()
+        self.converse(
+            client, "S: +OK ...\nC: USER bob@example.com\nS: +OK ...\nC: PASS x\nS: +OK ...\n"
+        )
+        return client
+
+    def size(self) -> int:
+        return len(files(self.folder)[-1].read_bytes().replace(b"\n", b"\r\n"))
+
+    def test_a_session(self) -> None:
+        self.send("Subject: one\n\n.dots\n..\n")
+        self.send("Subject: two\n\ntwo\n")
+        one, two = (len(f.read_bytes().replace(b"\n", b"\r\n")) for f in files(self.folder))
+        names = [file.name for file in files(self.folder)]
+        self.dialogue(f"""
+            S: +OK Simple Mail Server
+            C: CAPA
+            S: +OK ...
+            S: USER
+            S: UIDL
+            S: PIPELINING
+            S: .
+            C: USER Bob@example.com
+            S: +OK ...
+            C: PASS whatever
+            S: +OK 2 messages
+            C: STAT
+            S: +OK 2 {one + two}
+            C: LIST
+            S: +OK 2 messages
+            S: 1 {one}
+            S: 2 {two}
+            S: .
+            C: LIST 2
+            S: +OK 2 {two}
+            C: UIDL
+            S: +OK ...
+            S: 1 {names[0]}
+            S: 2 {names[1]}
+            S: .
+            C: UIDL 1
+            S: +OK 1 {names[0]}
+            C: RETR 1
+            S: +OK {one} octets
+            S: Return-Path: <a@example.com>
+            S: Delivered-To: bob@example.com
+            S: Received: ...
+            S: ...
+            S: ...
+            S: Subject: one
+            S:
+            S: ..dots
+            S: ...
+            S: .
+            C: DELE 1
+            S: +OK ...
+            C: RETR 1
+            S: -ERR No such message...
+            C: LIST
+            S: +OK 1 messages
+            S: 2 {two}
+            S: .
+            C: RSET
+            S: +OK ...
+            C: STAT
+            S: +OK 2 {one + two}
+            C: NOOP
+            S: +OK ...
+            C: QUIT
+            S: +OK Bye
+            S: (closed)
+        """)
+        self.assertEqual(len(files(self.folder)), 2)
+
+    def test_refusals(self) -> None:
+        self.dialogue("""
+            S: +OK ...
+            C: STAT
+            S: -ERR Send USER and PASS first
+            C: RETR 1
+            S: -ERR Send USER and PASS first
+            C: LIST
+            S: -ERR Send USER and PASS first
+            C: DELE 1
+            S: -ERR Send USER and PASS first
+            C: RSET
+            S: -ERR Send USER and PASS first
+            C: SUBSCRIBE
+            S: -ERR Send USER and PASS first
+            C: PASS x
+            S: -ERR Send USER before PASS
+            C: USER
+            S: -ERR Syntax: USER address
+            C: FROB
+            S: -ERR Unknown command...
+            C: STLS
+            S: -ERR No TLS here...
+            C: USER bob@example.com
+            S: +OK ...
+            C: PASS x
+            S: +OK 0 messages
+            C: USER ann@example.com
+            S: -ERR ...
+            C: PASS x
+            S: -ERR ...
+            C: RETR 1
+            S: -ERR No such message...
+            C: RETR x
+            S: -ERR Syntax: RETR message
+            C: GET / HTTP/1.0
+            S: -ERR ...browser...
+            S: (closed)
+        """)
+
+    def test_dele_takes_effect_at_quit_only(self) -> None:
+        self.send()
+        client = self.open_mailbox()
+        self.converse(client, "C: DELE 1\nS: +OK ...\n")
+        client.close()
+        wait_until(lambda: not self.server.sessions)
+        self.assertEqual(len(files(self.folder)), 1)
+        self.converse(
+            self.open_mailbox(), "C: DELE 1\nS: +OK ...\nC: QUIT\nS: +OK Bye\nS: (closed)\n"
+        )
+        self.assertEqual(files(self.folder), [])
+
+    def test_one_session_a_mailbox(self) -> None:
+        first = self.open_mailbox()
+        login = "C: USER BOB@example.com\nS: +OK ...\nC: PASS x\n"
+        self.dialogue("S: +OK ...\n" + login + "S: -ERR [IN-USE] ...\n")
+        self.converse(first, "C: QUIT\nS: +OK Bye\nS: (closed)\n")
+        wait_until(lambda: not self.server.sessions)
+        self.dialogue(
+            "S: +OK ...\n" + login + "S: +OK 0 messages\nC: QUIT\nS: +OK Bye\nS: (closed)\n"
+        )
+
+    def test_passwords(self) -> None:
+        self.server = self.serve(
+            handler=mailserver.POP3Handler, **self.settings, users={"bob@example.com": "secret"}
+        )
+        user = "C: USER bob@example.com\nS: +OK ...\n"
+        self.dialogue(
+            "S: +OK ...\n" + user + "C: PASS secret\nS: +OK 0 messages\nC: QUIT\nS: +OK Bye\n"
+        )
+        wrong = user + "C: PASS wrong\nS: -ERR Wrong...\n"
+        self.dialogue("S: +OK ...\n" + wrong * 3 + "S: -ERR ...\nS: (closed)\n")
+
+    def test_stls(self) -> None:
+        tls = mailserver.tls_context(self.cert, self.key)
+        users = {"bob@example.com": "secret"}
+        self.server = self.serve(
+            handler=mailserver.POP3Handler, **self.settings, tls=tls, users=users
+        )
+        with self.connect() as client:
+            self.converse(
+                client,
+                """
+                S: +OK ...
+                C: USER bob@example.com
+                S: -ERR Send STLS before USER
+                C: STLS
+                S: +OK ...
+            """,
+            )
+            self.encrypt(client)
+            self.converse(
+                client,
+                """
+                C: USER bob@example.com
+                S: +OK ...
+                C: PASS secret
+                S: +OK 0 messages
+                C: SUBSCRIBE
+                S: +OK ...
+            """,
+            )
+            self.send()
+            self.expect(client, "+OK ... octets")
+            while client.line() != ".":
+                pass
+            self.converse(client, "C: enough\nS: +OK ...\nC: QUIT\nS: +OK Bye\n")
+
+    def test_poplib_and_smtplib_together(self) -> None:
+        def talk(n: int) -> None:
+            address = f"user{n}@example.com"
+            for k in range(5):
+                self.send(f"Subject: {n}-{k}\n\n{'x' * n}\n", address)
+            client = poplib.POP3("127.0.0.1", self.server.server_address[1])
+            client.user(address)
+            client.pass_("x")
+            subjects = [client.retr(k)[1][-3] for k in range(1, 6)]
+            client.quit()
+            done.append(subjects == [b"Subject: %d-%d" % (n, k) for k in range(5)])
+
+        done: list[bool] = []
+        threads = [threading.Thread(target=talk, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual(done, [True] * 8)
+
+    @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
+    def test_curl(self) -> None:
+        self.send()
+        url = f"pop3://127.0.0.1:{self.server.server_address[1]}/1"
+        command = ["curl", "-sS", "--user", "bob@example.com:x", url]
+        done = subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
+        self.assertIn(b"Subject: x\r\n\r\nhello\r\n", done.stdout)
+
+    def test_subscribe(self) -> None:
+        client = self.open_mailbox()
+        self.converse(client, "C: SUBSCRIBE\nS: +OK ...\n")
+        self.send("Subject: one\n\n.\n")
+        self.send("Subject: not for bob\n\n", "ann@example.com")
+        size = self.size()
+        self.converse(client, f"S: +OK {size} octets\nS: Return-Path: ...\nS: Delivered-To: ...\n")
+        self.converse(client, "S: ...\nS: ...\nS: ...\nS: Subject: one\nS:\nS: ..\nS: .\n")
+        self.send("Subject: two\n\n", "BOB@example.com")
+        while client.line() != ".":
+            pass
+        self.converse(client, "C: enough\nS: +OK ...\nC: STAT\nS: +OK 0 0\nC: QUIT\nS: +OK Bye\n")
+        wait_until(lambda: not self.server.sessions)
+        self.assertEqual(len(self.settings["mailroom"].subscribers), 3)
+
+    def test_a_subscriber_that_leaves(self) -> None:
+        client = self.open_mailbox()
+        self.converse(client, "C: SUBSCRIBE\nS: +OK ...\n")
+        client.close()
+        wait_until(lambda: not self.server.sessions)
+
+    def test_stopping_ends_subscriptions(self) -> None:
+        self.server.timeout = 0.1  # which is not for those who wait for mail
+        client = self.open_mailbox()
+        self.converse(client, "C: SUBSCRIBE\nS: +OK ...\n")
+        self.send()
+        while client.line() != ".":
+            pass
+        self.server.stop()
+        self.converse(client, "S: -ERR The server is stopping...\nS: (closed)\n")
+
+    def test_a_hundred_subscribers(self) -> None:
+        # One session a mailbox is the rule, so they say so here: each has the same recipient.
+        with unittest.mock.patch.object(self.settings["maildir"], "locks", AlwaysFree()):
+            clients = [self.open_mailbox() for _ in range(100)]
+            for client in clients:
+                self.converse(client, "C: SUBSCRIBE\nS: +OK ...\n")
+            self.send()
+            for client in clients:
+                while client.line() != ".":
+                    pass
+            self.server.stop()
+
+    def test_a_subscriber_that_does_not_read(self) -> None:
+        client = self.open_mailbox()
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.converse(client, "C: SUBSCRIBE\nS: +OK ...\n")
+        count = mailserver.POP3Handler.backlog + 20
+        for _ in range(count):
+            self.send("x" * 500_000)
+        wait_until(lambda: not self.server.sessions)
+        self.assertEqual(len(files(self.folder)), count)
+
+
+class AlwaysFree(dict):  # type: ignore[type-arg]
+    """Locks that anybody gets."""
+
+    def setdefault(self, key: Any, value: Any = None) -> Any:
+        return value
+
+    def __delitem__(self, key: Any) -> None:
+        pass
 
 
 class FuzzTest(DialogueTest):
@@ -919,7 +1791,7 @@ class ProcessTest(unittest.TestCase):
             for flags, message in [
                 (["--port", str(server.address[1])], "in use"),
                 (["--port", "x"], "whole number"),
-                (["--port", "65536"], "whole number"),
+                (["--port", "65536"], "0-65535"),
                 (["--max-size", "-1"], "whole number"),
                 (["--fail", "RCPT"], "RCPT=450"),
                 (["--fail", "RCPT=250"], "RCPT=450"),
@@ -967,6 +1839,87 @@ class ProcessTest(unittest.TestCase):
                 self.assertEqual(client.line(), "220 Simple Mail Server")
             with smtplib.SMTP(*server.address, timeout=PATIENCE) as sender:
                 sender.sendmail("a@example.com", "b@example.com", "hello")
+
+    def test_flags_that_need_each_other(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            good, bad = Path(folder, "good"), Path(folder, "bad")
+            good.write_text("# who\n\nann:secret\n bob : pass:word \n", encoding="utf-8")
+            bad.write_text("ann:secret\nbob\n", encoding="utf-8")
+            self.assertEqual(
+                mailserver.passwords(str(good)), {"ann": "secret", "bob ": " pass:word"}
+            )
+            for flags, message in [
+                (["--users", str(bad)], "line 2"),
+                (["--users", folder + "/none"], "none"),
+                (["--require-auth"], "--users"),
+                (["--pop3-port", "0"], "--maildir"),
+                (["--tls", str(bad), str(bad)], "make cert"),
+                (["--tls", "none", "none"], "none"),
+                (["--list", "team"], "team=ann@example.com"),
+                (["--maildir", str(good)], "good"),
+            ]:
+                with self.subTest(flags):
+                    command = [sys.executable, str(HERE / "mailserver.py"), *flags, "--port", "0"]
+                    done = subprocess.run(
+                        command, capture_output=True, text=True, timeout=PATIENCE, check=False
+                    )
+                    self.assertNotEqual(done.returncode, 0)
+                    self.assertRegex(done.stderr, f"^mailserver: .*{message}.*\n$")
+
+    def test_no_message_is_lost(self) -> None:
+        """kill -9 in the middle of twenty senders; then the same directory serves POP3."""
+        with tempfile.TemporaryDirectory() as folder:
+            flags = ["--quiet", "--maildir", folder, "--pop3-port", "0"]
+            accepted: list[str] = []
+
+            def send(n: int) -> None:
+                with (
+                    contextlib.suppress(OSError, smtplib.SMTPException),
+                    smtplib.SMTP("127.0.0.1", server.address[1], timeout=PATIENCE) as client,
+                ):
+                    for k in range(1000):
+                        text = f"Subject: {n}-{k}\n\n{'x' * 2000}\nend\n"
+                        client.sendmail("a@example.com", "b@example.com", text)
+                        accepted.append(f"{n}-{k}")
+
+            with Process(*flags) as server:
+                threads = [threading.Thread(target=send, args=(n,)) for n in range(20)]
+                for thread in threads:
+                    thread.start()
+                wait_until(lambda: len(accepted) > 100)
+                server.process.kill()
+                for thread in threads:
+                    thread.join(PATIENCE)
+            stored = [path.read_text() for path in Path(folder, "b@example.com", "new").iterdir()]
+            subjects = [re.findall("^Subject: (.*)", text, re.MULTILINE)[0] for text in stored]
+            self.assertTrue(all(text.endswith("x\nend\n") for text in stored), "half a message")
+            self.assertEqual(len(subjects), len(set(subjects)), "a message came twice")
+            self.assertEqual(set(accepted) - set(subjects), set(), "a message is lost")
+            with Process(*flags) as server:
+                wait_until(lambda: "POP3" in server.printed)
+                port = int(re.findall(r"port (\d+) for POP3", server.printed)[0])
+                client = poplib.POP3("127.0.0.1", port, timeout=PATIENCE)
+                client.user("b@example.com")
+                client.pass_("x")
+                self.assertEqual(client.stat()[0], len(stored))
+                client.quit()
+
+    def test_a_full_disk(self) -> None:
+        import resource
+
+        limit = (2000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+        with tempfile.TemporaryDirectory() as folder:
+            old = resource.getrlimit(resource.RLIMIT_FSIZE)
+            with contextlib.ExitStack() as stack:
+                server = stack.enter_context(Process("--quiet", "--maildir", folder))
+                resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limit)
+                with smtplib.SMTP(*server.address, timeout=PATIENCE) as client:
+                    with self.assertRaises(smtplib.SMTPDataError) as caught:
+                        client.sendmail("a@example.com", "b@example.com", "x" * 5000)
+                    self.assertEqual(caught.exception.smtp_code, 452)
+                    client.sendmail("a@example.com", "b@example.com", "small")
+                self.assertEqual(len(files(folder)), 1)
+                self.assertEqual(old, resource.getrlimit(resource.RLIMIT_FSIZE))
 
     def test_part_1_runs_alone(self) -> None:
         source = (HERE / "mailserver.py").read_text(encoding="utf-8")
