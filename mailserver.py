@@ -49,12 +49,13 @@ import socketserver
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
 
+TYPE_CHECKING = False  # for type checkers only, which know better; Python need not load these
 if TYPE_CHECKING:
     import ssl
+    from collections.abc import Callable
+    from typing import Any
 
 __version__ = "1.0"
 
@@ -62,7 +63,6 @@ __version__ = "1.0"
 # PART 1: A SMALL SERVER
 # From the bottom up: LineHandler knows lines and replies, SMTPHandler knows mail, SmallServer gives
 # each client a thread. It runs alone: cut the file at the banner of part 2, and call serve().
-# ==================================================================================================
 
 
 class Refused(Exception):
@@ -78,8 +78,8 @@ def refuse(when: object, code: int, text: str) -> None:
 class LineHandler(socketserver.StreamRequestHandler):
     """One session of any protocol in which the client sends a line and the server answers it.
 
-    A command is a method: with a do_TIME(self, arg) there is a command TIME. The first line of its
-    docstring is its syntax. It ends in one reply(), or it raises Refused."""
+    A command is a method: with a do_TIME(self, arg) there is a command TIME, which its docstring
+    explains, first the syntax. It ends in one reply(), or it raises Refused."""
 
     server: SmallServer
     line_limit = 512  # octets, line end included (RFC 5321 4.5.3.1.4)
@@ -152,8 +152,11 @@ class LineHandler(socketserver.StreamRequestHandler):
         """Take a command's argument apart. Refused(501): it does not fit the pattern."""
         if match := re.fullmatch(pattern, arg, re.IGNORECASE):
             return match
-        doc = getattr(self, "do_" + verb).__doc__ or verb  # python -OO leaves no docstrings
-        raise Refused(501, "Syntax: " + doc.partition("\n")[0])
+        raise Refused(501, "Syntax: " + self.explain(verb))
+
+    def explain(self, verb: str) -> str:
+        """Give the first line of a command's docstring, if python -OO has left it there."""
+        return (getattr(self, "do_" + verb).__doc__ or verb).partition("\n")[0]
 
     def reply(self, code: int, *lines: str) -> None:
         """Answer with a line or more; "-" behind the code says: more to come (RFC 5321 4.2.1)."""
@@ -209,14 +212,12 @@ class SMTPHandler(LineHandler):
     }
 
     def do_HELO(self, arg: str) -> None:
-        """HELO your-domain.example
-        Says who you are, and starts afresh (RFC 5321 4.1.1.1)."""
+        """HELO your-domain.example - says who you are, and starts afresh (RFC 5321 4.1.1.1)"""
         self.helo, self.envelope = self.match("HELO", "[!-~]+", arg)[0], None
         self.reply(250, "Hello")
 
     def do_MAIL(self, arg: str) -> None:
-        """MAIL FROM:<sender@example.com>
-        Opens an envelope: says who sends, and gets the bounce (RFC 5321 4.1.1.2)."""
+        """MAIL FROM:<sender@example.com> - opens an envelope; bounces go there (RFC 5321 4.1.1.2)"""
         refuse(not self.helo, 503, "Send HELO before MAIL FROM")
         refuse(self.envelope, 503, "Send RCPT TO and DATA before another MAIL FROM")
         match = self.match("MAIL", f"FROM: *(?:<>|{self.path})", arg)
@@ -224,8 +225,7 @@ class SMTPHandler(LineHandler):
         self.reply(250, "OK")
 
     def do_RCPT(self, arg: str) -> None:
-        """RCPT TO:<recipient@example.com>
-        Says who gets it; once for each recipient (RFC 5321 4.1.1.3)."""
+        """RCPT TO:<recipient@example.com> - says who gets it; may be repeated (RFC 5321 4.1.1.3)"""
         if not self.envelope:
             raise Refused(503, "Send MAIL FROM before RCPT TO")
         recipients = self.envelope.recipients  # 100 at least have to pass: RFC 5321 4.5.3.1.8
@@ -234,8 +234,7 @@ class SMTPHandler(LineHandler):
         self.reply(250, "OK")
 
     def do_DATA(self, arg: str) -> None:
-        """DATA
-        Sends the message, up to a line that is a dot (RFC 5321 4.1.1.4)."""
+        """DATA - sends the message, up to a line that is a dot (RFC 5321 4.1.1.4)"""
         self.match("DATA", "", arg)
         if not self.envelope:
             raise Refused(503, "Send MAIL FROM before DATA")
@@ -273,8 +272,7 @@ class SMTPHandler(LineHandler):
             self.server.console.message(envelope)
 
     def do_QUIT(self, arg: str) -> None:
-        """QUIT
-        Ends the session (RFC 5321 4.1.1.10)."""
+        """QUIT - ends the session (RFC 5321 4.1.1.10)"""
         self.match("QUIT", "", arg)
         self.reply(221, "Bye")
 
@@ -332,7 +330,6 @@ def serve(port: int = 2525, serial: bool = False) -> None:
 # PART 2: THE WHOLE PROTOCOL
 # First what any server needs once people connect to it: they mistype, stay for ever, or are no
 # people at all. Then the rest of SMTP: its other commands, addresses as they are, extensions.
-# ==================================================================================================
 
 
 def warn(text: str) -> None:
@@ -346,6 +343,7 @@ class Manners(LineHandler):
     server: MailServer
     encrypted, user = False, ""  # part 3 sets them
     errors = 0
+    stopped = "The server is stopping: try again later"
     farewell = ""  # why the server hangs up on this client, once it does
 
     # What a telnet client may say to a telnet server: IAC and a byte, or two if the first is WILL,
@@ -358,7 +356,7 @@ class Manners(LineHandler):
         self.heard = time.monotonic()  # when the client last sent something
         self.server.sessions.add(self)
         if self.server.stopping.is_set():  # and all others have been told
-            self.farewell = self.server.goodbye
+            self.farewell = self.stopped
         self.log("-", f"connected from {self.client_address[0]}")
 
     def finish(self) -> None:
@@ -510,35 +508,29 @@ class ESMTPHandler(Manners, SMTPHandler):
         self.server.mailroom.publish(envelope)
 
     def do_EHLO(self, arg: str) -> None:
-        """EHLO your-domain.example
-        Says who you are, and asks what the server can do (RFC 5321 4.1.1.1)."""
+        """EHLO your-domain.example - says who you are, asks what there is (RFC 5321 4.1.1.1)"""
         self.helo, self.envelope = self.match("EHLO", "[!-~]+", arg)[0], None
         self.reply(250, "Hello", *self.extensions())
 
     def do_RSET(self, arg: str) -> None:
-        """RSET
-        Drops the message that is under way (RFC 5321 4.1.1.5)."""
+        """RSET - drops the message that is under way (RFC 5321 4.1.1.5)"""
         self.match("RSET", "", arg)
         self.envelope = None
         self.reply(250, "OK")
 
     def do_NOOP(self, arg: str) -> None:
-        """NOOP [anything]
-        Does nothing, and says so (RFC 5321 4.1.1.9)."""
+        """NOOP [anything] - does nothing, and says so (RFC 5321 4.1.1.9)"""
         self.reply(250, "OK")
 
     def do_HELP(self, arg: str) -> None:
-        """HELP [command]
-        Lists the commands, or explains one (RFC 5321 4.1.1.8)."""
+        """HELP [command] - lists the commands, or explains one (RFC 5321 4.1.1.8)"""
         if not arg:
             return self.reply(214, " ".join(self.verbs()), "For more: HELP and one of them")
         refuse(arg.upper() not in self.verbs(), 504, "No such command: HELP alone lists them")
-        doc = getattr(self, "do_" + arg.upper()).__doc__ or arg.upper()
-        self.reply(214, *(line.strip() for line in doc.splitlines()))
+        self.reply(214, self.explain(arg.upper()))
 
     def do_VRFY(self, arg: str) -> None:
-        """VRFY user
-        Asks whether there is such a user (RFC 5321 3.5)."""
+        """VRFY user - asks whether there is such a user (RFC 5321 3.5)"""
         name = self.match("VRFY", "<?([^<>]+)>?", arg)[1].lower()
         known = [*self.server.lists, *self.server.users]
         known += self.server.maildir.addresses() if self.server.maildir else []
@@ -549,8 +541,7 @@ class ESMTPHandler(Manners, SMTPHandler):
         self.reply(252, "Cannot say: send a message and see")
 
     def do_EXPN(self, arg: str) -> None:
-        """EXPN list
-        Asks who is on a mailing list (RFC 5321 3.5)."""
+        """EXPN list - asks who is on a mailing list (RFC 5321 3.5)"""
         name = self.match("EXPN", "<?([^<>@]+)(?:@[^<>]*)?>?", arg)[1].lower()
         refuse(name not in self.server.lists, 550, "No such list")
         self.reply(250, *(f"<{address}>" for address in self.server.lists[name]))
@@ -560,7 +551,6 @@ class ESMTPHandler(Manners, SMTPHandler):
 # PART 3: TRUST
 # So far anybody on the way could read all of it, and anybody could have said it. TLS encrypts, and
 # a password tells who is there. Both are for POP3 in part 5, too; so, first, another mixin.
-# ==================================================================================================
 
 
 class Trust(Manners):
@@ -626,8 +616,7 @@ class SecureHandler(Trust, ESMTPHandler):
         """Hear who wrote the message (RFC 4954 5): of use to a relay only."""
 
     def do_STARTTLS(self, arg: str) -> None:
-        """STARTTLS
-        Goes on encrypted, from the start (RFC 3207)."""
+        """STARTTLS - goes on encrypted, from the start (RFC 3207)"""
         self.match("STARTTLS", "", arg)
         refuse(not self.server.tls, 502, "No TLS here: the server was started without --tls")
         refuse(self.encrypted, 503, "TLS is on already: send EHLO")
@@ -636,8 +625,7 @@ class SecureHandler(Trust, ESMTPHandler):
         self.helo, self.envelope, self.user = "", None, ""  # RFC 3207 4.2: forget it all
 
     def do_AUTH(self, arg: str) -> None:
-        """AUTH PLAIN|LOGIN [base64]
-        Logs in, with name and password (RFC 4954)."""
+        """AUTH PLAIN|LOGIN [base64] - logs in, with name and password (RFC 4954)"""
         name, _, initial = arg.partition(" ")
         mechanism = getattr(self, "auth_" + name.upper(), None)
         refuse(not self.server.users, 502, "No passwords: the server was started without --users")
@@ -679,7 +667,6 @@ class SecureHandler(Trust, ESMTPHandler):
 # PART 4: KEEPING MAIL
 # "250 Message accepted" is a promise: from then on, no crash may lose the message. The mailroom
 # passes it on to all who subscribed, and to the Maildir first, which keeps the promise.
-# ==================================================================================================
 
 
 class Mailroom:
@@ -793,7 +780,6 @@ def sync(folder: str) -> None:
 # PART 5: COLLECTING MAIL
 # SMTP brings mail to a server. To fetch it there is another protocol, POP3 (RFC 1939). It has lines
 # and verbs as well, so it takes the LineHandler of part 1, and the mixins of parts 2 and 3.
-# ==================================================================================================
 
 
 class POP3Handler(Trust, LineHandler):
@@ -803,11 +789,13 @@ class POP3Handler(Trust, LineHandler):
 
     backlog = 64  # messages that may wait for a client that said SUBSCRIBE
     name = ""
-    box: dict[int, str] | None = None  # number and file of each message; None: not logged in
+    is_open = False
+    box: dict[int, str] = {}  # number and file of each message, but for those deleted
+    all: dict[int, str] = {}
 
     def finish(self) -> None:
         """Let others have the mailbox."""
-        if self.box is not None and self.server.maildir:
+        if self.is_open and self.server.maildir:
             del self.server.maildir.locks[self.name.lower()]
         super().finish()
 
@@ -818,16 +806,18 @@ class POP3Handler(Trust, LineHandler):
             self.send_line(line)
         super().reply(code)
 
-    def mailbox(self) -> dict[int, str]:
-        """Give the messages that have not been deleted. Refused: nobody has logged in."""
-        if self.box is None:
-            raise Refused(503, "Send USER and PASS first")
-        return self.box
+    def dispatch(self, line: str) -> None:
+        """Run a command, if it is one for this state of the session (RFC 1939 3)."""
+        verb, opening = line.partition(" ")[0].upper(), ("USER", "PASS", "STLS")
+        refuse(self.is_open and verb in opening, 503, "The mailbox is open already")
+        needed = verb in self.verbs() and verb not in (*opening, "CAPA", "NOOP", "QUIT")
+        refuse(needed and not self.is_open, 503, "Send USER and PASS first")
+        super().dispatch(line)
 
     def pick(self, verb: str, arg: str) -> int:
         """Give the number of a message that is there, from an argument."""
         number = int(self.match(verb, "[0-9]{1,9}", arg)[0])
-        refuse(number not in self.mailbox(), 550, "No such message: LIST shows what there is")
+        refuse(number not in self.box, 550, "No such message: LIST shows what there is")
         return number
 
     def load(self, file: str) -> bytes:
@@ -846,101 +836,82 @@ class POP3Handler(Trust, LineHandler):
         if arg:
             number = self.pick(verb, arg)
             return self.reply(250, f"{number} {values[number]}")
-        lines = [f"{number} {values[number]}" for number in self.mailbox()]
+        lines = [f"{number} {values[number]}" for number in self.box]
         self.reply(250, f"{len(lines)} messages", *lines, ".")
 
     def do_CAPA(self, arg: str) -> None:
-        """CAPA
-        Lists what the server can do (RFC 2449)."""
+        """CAPA - lists what the server can do (RFC 2449)"""
         stls = ["STLS"] if self.server.tls and not self.encrypted else []
         self.reply(250, "This server can do", "USER", "UIDL", "PIPELINING", *stls, ".")
 
     def do_STLS(self, arg: str) -> None:
-        """STLS
-        Goes on encrypted (RFC 2595 4)."""
+        """STLS - goes on encrypted (RFC 2595 4)"""
         refuse(not self.server.tls, 502, "No TLS here: the server was started without --tls")
-        refuse(self.encrypted or self.box is not None, 503, "Too late for TLS")
+        refuse(self.encrypted, 503, "TLS is on already")
         self.reply(250, "Ready for TLS")
         self.start_tls()
         self.name = ""
 
     def do_USER(self, arg: str) -> None:
-        """USER address
-        Says whose mail it is about."""
+        """USER address - says whose mail it is about"""
         readable = self.server.tls and self.server.users and not self.encrypted
         refuse(readable, 538, "Send STLS before USER")
-        refuse(self.box is not None, 503, "The mailbox is open already")
         self.name = self.match("USER", "[^ ]+", arg)[0]
         self.reply(250, "Send PASS")
 
     def do_PASS(self, arg: str) -> None:
-        """PASS password
-        Opens the mailbox."""
-        refuse(not self.name or self.box is not None, 503, "Send USER before PASS")
+        """PASS password - opens the mailbox"""
+        refuse(not self.name, 503, "Send USER before PASS")
         maildir = self.server.maildir
         if not maildir or (self.server.users and not self.log_in(self.name, arg)):
             return
         mine = maildir.locks.setdefault(self.name.lower(), self) is self
         refuse(not mine, 450, "[IN-USE] Another session has the mailbox open: try again later")
-        self.box = dict(enumerate(maildir.files(self.name), 1))
+        self.is_open, self.box = True, dict(enumerate(maildir.files(self.name), 1))
         self.all, self.sizes = dict(self.box), {n: len(self.load(f)) for n, f in self.box.items()}
         self.reply(250, f"{len(self.box)} messages")
 
     def do_STAT(self, arg: str) -> None:
-        """STAT
-        Counts messages and octets."""
-        box = self.mailbox()
-        self.reply(250, f"{len(box)} {sum(self.sizes[number] for number in box)}")
+        """STAT - counts messages and octets"""
+        self.reply(250, f"{len(self.box)} {sum(self.sizes[number] for number in self.box)}")
 
     def do_LIST(self, arg: str) -> None:
-        """LIST [message]
-        Tells how many octets a message has."""
-        self.mailbox()
+        """LIST [message] - tells how many octets a message has"""
         self.table("LIST", arg, self.sizes)
 
     def do_UIDL(self, arg: str) -> None:
-        """UIDL [message]
-        Tells a message's name, which no other ever has."""
-        names = {n: os.path.basename(file)[:70] for n, file in self.mailbox().items()}
-        self.table("UIDL", arg, {n: name.partition(":")[0] for n, name in names.items()})
+        """UIDL [message] - tells a message's name, which no other ever has"""
+        names = {n: os.path.basename(file).partition(":")[0] for n, file in self.box.items()}
+        self.table("UIDL", arg, {n: name[:70] for n, name in names.items()})
 
     def do_RETR(self, arg: str) -> None:
-        """RETR message
-        Sends a message."""
-        self.send_message(self.load(self.mailbox()[self.pick("RETR", arg)]))
+        """RETR message - sends a message"""
+        self.send_message(self.load(self.box[self.pick("RETR", arg)]))
 
     def do_DELE(self, arg: str) -> None:
-        """DELE message
-        Deletes a message, when QUIT comes."""
-        del self.mailbox()[self.pick("DELE", arg)]
+        """DELE message - deletes a message, when QUIT comes"""
+        del self.box[self.pick("DELE", arg)]
         self.reply(250, "It goes at QUIT")
 
     def do_RSET(self, arg: str) -> None:
-        """RSET
-        Takes every DELE back."""
-        self.mailbox().update(self.all)
+        """RSET - takes every DELE back"""
         self.box = dict(self.all)
         self.reply(250, "Nothing goes")
 
     def do_NOOP(self, arg: str) -> None:
-        """NOOP
-        Does nothing."""
+        """NOOP - does nothing, and says so"""
         self.reply(250, "OK")
 
     def do_QUIT(self, arg: str) -> None:
-        """QUIT
-        Deletes what DELE has named, and ends the session."""
+        """QUIT - deletes what DELE has named, and ends the session"""
         self.match("QUIT", "", arg)
-        if self.box is not None:
-            for number in self.all.keys() - self.box.keys():
-                with suppress(FileNotFoundError):  # a mail reader was quicker
-                    os.unlink(self.all[number])
+        for number in self.all.keys() - self.box.keys():
+            with suppress(FileNotFoundError):  # a mail reader was quicker
+                os.unlink(self.all[number])
         self.reply(221, "Bye")
 
     def do_SUBSCRIBE(self, arg: str) -> None:
-        """SUBSCRIBE
-        Sends each message the moment it is accepted, until you send a line. In no RFC."""
-        self.mailbox()
+        """SUBSCRIBE - sends each message the moment it comes, until you send a line (no RFC has it)"""
         inbox: queue.Queue[Envelope] = queue.Queue(self.backlog)
 
         def subscriber(envelope: Envelope) -> None:
@@ -975,23 +946,16 @@ class POP3Handler(Trust, LineHandler):
 # ==================================================================================================
 # PART 6: START AND STOP
 # The server that this program runs, what the class sees of it, and the command line.
-# ==================================================================================================
 
 
 class MailServer(SmallServer):
-    """The whole server: its settings, and who is connected. In a test suite:
-
-    with MailServer(("127.0.0.1", 0)) as server:  # port 0: any that is free
-        server.mailroom.subscribe(inbox.append)  # or any function that takes an Envelope
-        server.start()
-        host, port = server.server_address"""
+    """The whole server. README shows how a program uses it; this file does so in main()."""
 
     block_on_close = False  # keep no list of threads: socketserver would search it each time
     request_queue_size = 1024  # may wait at the door; after socketserver's 5, one waits for seconds
-    goodbye = "The server is stopping: try again later"
     serving = False
 
-    # The settings, which are keywords: MailServer(address, timeout=60)
+    # The settings; MailServer(address, timeout=60) sets one.
     max_clients = 1010  # each takes a file descriptor, and often there are 1024
     timeout: float = 300  # seconds without a word from a client (RFC 5321 4.5.3.2.7)
     grace: float = 2  # seconds for the sessions to end, when the server stops
@@ -1001,7 +965,7 @@ class MailServer(SmallServer):
     require_auth = False  # take mail from users only
     tls: ssl.SSLContext | None = None
     maildir: Maildir | None = None
-    mailroom: Mailroom | Any = None  # None: make one
+    mailroom: Any = None  # None: a new one
 
     def __init__(self, address: Any, handler: Any = SecureHandler, **settings: Any) -> None:
         """Listen. TypeError: no such setting. OSError: the address can't be had."""
@@ -1030,31 +994,33 @@ class MailServer(SmallServer):
         """Hang up on idle clients. A time limit on each socket would do it, too, but cost one more
         system call for each read; this is one look at all of them, once a second."""
         while not self.stopping.wait(min(1, self.timeout / 4)):
-            for session in list(self.sessions):
-                if session.heard < time.monotonic() - self.timeout:
-                    session.hang_up("Nothing heard for too long")
+            self.hang_up("Nothing heard for too long", time.monotonic() - self.timeout)
+
+    def hang_up(self, farewell: str, heard_before: float = float("inf")) -> None:
+        """End the sessions of clients that were last heard before a time."""
+        for session in list(self.sessions):
+            if session.heard <= heard_before:
+                session.hang_up(farewell)
 
     def stop(self) -> None:
         """Say 421 to every client, give the sessions a little time to end, free the port."""
         self.stopping.set()
-        for session in list(self.sessions):
-            session.hang_up(self.goodbye)
+        self.hang_up(Manners.stopped)
         if self.serving:
             self.shutdown()
         self.server_close()
         deadline = time.monotonic() + self.grace
         while self.sessions and time.monotonic() < deadline:
             time.sleep(0.01)
-        for session in list(self.sessions):
-            session.hang_up(self.goodbye)
+        self.hang_up(Manners.stopped)
 
     def __exit__(self, *exception: object) -> None:
         """The with block ends, and so does the server."""
         self.stop()
 
     def get_request(self) -> Any:
-        """Accept a client. OSError: no file descriptor is left for it. It goes on knocking, and
-        socketserver would try again and again without this little wait."""
+        """Accept a client. OSError: there is no file descriptor left for it. It goes on knocking,
+        and without this little wait, socketserver would try again and again."""
         try:
             return super().get_request()
         except OSError:
@@ -1102,16 +1068,11 @@ class Projector(Console):
         for part in mail.walk():
             encoding = str(part["Content-Transfer-Encoding"]).lower()
             if encoding in ("base64", "quoted-printable") and not part.is_multipart():
-                lines += [f"---- decoded from {encoding}", *decoded(part).split("\n")]
+                with suppress(LookupError, ValueError):  # no such character set
+                    data: Any = part.get_payload(decode=True)
+                    text = data.decode(part.get_content_charset("utf-8"), "backslashreplace")
+                    lines += [f"---- decoded from {encoding}", *text.rstrip().split("\n")]
         self.show(*map(printable, [*lines, "----"]))
-
-
-def decoded(part: Any) -> str:
-    """Give the text of a part of a message, whatever character set it claims to be in."""
-    data: bytes = part.get_payload(decode=True)
-    with suppress(LookupError, ValueError):
-        return data.decode(part.get_content_charset("utf-8"), "backslashreplace").rstrip()
-    return data.decode("latin-1").rstrip()
 
 
 EXAMPLES = """\
@@ -1124,49 +1085,37 @@ examples:
 
 
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line; None is the program's own. A bad flag ends the program: status 2."""
+    """Read the command line; None is the program's own. A bad flag ends the program."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("mailserver.py", epilog=EXAMPLES, formatter_class=form)
-    parser.error = lambda text: parser.exit(2, f"mailserver: {text}; see --help\n")  # type: ignore
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    add("--port", type=whole, default=2525, help="port (%(default)s); 0 takes a free one")
+    parser.error = lambda message: sys.exit(f"mailserver: {message}; see --help")  # type: ignore
+    add, known = parser.add_argument, "(%(default)s)"
+    add("--host", default="127.0.0.1", help=f"address to listen on {known}")
+    add("--port", type=int, default=2525, help=f"port to listen on {known}; 0 takes a free one")
     add("--serial", action="store_true", help="serve one client at a time")
-    add("--max-size", type=whole, default=10485760, help="octets in a message (%(default)s)")
-    add("--max-clients", type=whole, default=1010, help="at the same time (%(default)s)")
-    add("--timeout", type=whole, default=300, help="seconds of silence to bear (%(default)s)")
-    add("--fail", type=rule, action="append", default=[], help="refuse: RCPT=450; repeatable")
-    add(
-        "--list",
-        type=rule,
-        action="append",
-        default=[],
-        help="team=ann@example.com,bob@example.com",
-    )
-    add("--tls", nargs=2, metavar=("CERT", "KEY"), help="offer encryption; make cert makes both")
-    add("--users", type=passwords, default={}, metavar="FILE", help="of lines as in name:password")
+    add("--max-size", type=int, default=10 * 2**20, help=f"octets in a message {known}")
+    add("--max-clients", type=int, default=1010, help=f"at the same time {known}")
+    add("--timeout", type=int, default=300, help=f"seconds of silence to bear {known}")
+    add("--fail", type=rule, action="append", default=[], help="refuse commands: RCPT=450")
+    add("--list", type=rule, action="append", default=[], help="team=ann@example.com,bob@x.org")
+    add("--tls", nargs=2, metavar=("CERT", "KEY"), help="offer TLS; make cert makes these files")
+    add("--users", metavar="FILE", help="offer AUTH; the file has name:password on each line")
     add("--require-auth", action="store_true", help="take mail from these users only")
     add("--maildir", metavar="DIR", help="keep mail there")
-    add("--pop3-port", type=whole, metavar="PORT", help="let mail be collected there")
+    add("--pop3-port", type=int, help="let mail be collected there")
     add("--quiet", action="store_true", help="print neither dialogues nor mail")
     add("--version", action="version", version=f"mailserver {__version__}")
     flags = parser.parse_args(argv)
-    if flags.require_auth and not flags.users:
-        parser.error("--require-auth needs --users FILE")
-    if flags.pop3_port is not None and not flags.maildir:
-        parser.error("--pop3-port needs --maildir DIR")
+    if min(flags.max_size, flags.max_clients, flags.timeout) < 1:
+        parser.error("--max-size, --max-clients and --timeout are whole numbers from 1 up")
+    collected = flags.pop3_port is not None
+    if (flags.require_auth and not flags.users) or (collected and not flags.maildir):
+        parser.error("--require-auth needs --users, and --pop3-port needs --maildir")
     return flags
 
 
-def whole(text: str) -> int:
-    """Read a number from a flag."""
-    if text.isdecimal():
-        return int(text)
-    raise argparse.ArgumentTypeError("give a whole number")
-
-
 def rule(text: str) -> tuple[str, Any]:
-    """Read what --fail and --list take."""
+    """Read what --fail or --list takes."""
     if match := re.fullmatch("([A-Za-z]+)=([45][0-9][0-9])", text):
         return match[1].upper(), int(match[2])
     if match := re.fullmatch(r"([^@=,\s]+)=([^=,\s]+@[^=,\s]+(,[^=,\s]+@[^=,\s]+)*)", text):
@@ -1174,75 +1123,45 @@ def rule(text: str) -> tuple[str, Any]:
     raise argparse.ArgumentTypeError("write it as in RCPT=450 or team=ann@example.com,bob@x.org")
 
 
-def passwords(path: str) -> dict[str, str]:
-    """Read the file of --users: on each line name:password, or a comment that starts with #."""
+def read_users(path: str) -> dict[str, str]:
+    """Read name:password from each line of a file, but for empty ones and # comments."""
     users = {}
-    with or_end(f"read {path}"), open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             name, _, password = line.strip().partition(":")
-            if name and password and not name.startswith("#"):
+            if name and not name.startswith("#"):
                 users[name] = password
-            elif name and not name.startswith("#"):
-                raise argparse.ArgumentTypeError(f"line {number} of {path} is not name:password")
+                if not password:
+                    raise OSError(f"line {number} of {path} is not name:password")
     return users
 
 
-@contextmanager
-def or_end(what: str) -> Iterator[None]:
-    """End the program with one line, and status 1, where the with block can't do its work."""
+def tls_context(cert: str, key: str) -> ssl.SSLContext:
+    """Make what TLS needs, of a certificate and its key."""
+    import ssl  # takes long, so only when needed
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # Trap: else no 421 at the end
+    context.load_cert_chain(cert, key)
+    return context
+
+
+def make(flags: str, function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+    """Call the function; end the program if it fails because of some flags."""
     try:
-        yield
+        return function(*args, **keywords)
     except (OSError, OverflowError, UnicodeError) as error:
-        sys.exit(f"mailserver: cannot {what}: {getattr(error, 'strerror', None) or error}")
-
-
-def listen(flags: argparse.Namespace, port: int, handler: Any, **settings: Any) -> MailServer:
-    """Make a server and say where it is."""
-    other = "; choose another --port" if port else ""
-    with or_end(f"listen on {flags.host} port {port}{other}"):
-        server = MailServer((flags.host, port), handler, **settings)
-    host, port = str(server.server_address[0]), server.server_address[1]
-    protocol = "POP3" if handler is POP3Handler else "SMTP"
-    print(f"mailserver {__version__} listens on {host} port {port} for {protocol}", flush=True)
-    return server
-
-
-def main(argv: list[str] | None = None, handler: Any = SecureHandler) -> None:
-    """Run the program: read the flags, listen, serve, wait for Ctrl-C or TERM, stop."""
-    flags = read_flags(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # the terminal may lack a client's letters
-        sys.stdout.reconfigure(errors="backslashreplace")
-    names = ("serial", "max_size", "max_clients", "timeout", "users", "require_auth")
-    settings = {name: getattr(flags, name) for name in names}
-    settings |= {"fail": dict(flags.fail), "lists": dict(flags.list)}
-    settings["console"] = None if flags.quiet else Projector()
-    if flags.tls:
-        settings["tls"] = tls_context(*flags.tls)
-    if flags.maildir:
-        with or_end(f"keep mail in {flags.maildir}"):
-            settings["maildir"] = Maildir(flags.maildir)
-    stopped: list[int] = []
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, lambda sign, _: stopped.append(sign))
-    servers = [listen(flags, flags.port, handler, **settings)]
-    if flags.pop3_port is not None:
-        settings |= {"mailroom": servers[0].mailroom, "timeout": 2 * flags.timeout}  # RFC 1939 3
-        servers.append(listen(flags, flags.pop3_port, POP3Handler, **settings))
-    announce(servers)
-    for server in servers:
-        server.start()
-    while not stopped:
-        time.sleep(0.1)
-    for server in servers:
-        server.stop()
+        sys.exit(f"mailserver: {getattr(error, 'strerror', None) or error}: choose other {flags}")
 
 
 def announce(servers: list[MailServer]) -> None:
-    """Say what to do with the server, and warn of what others could do with it."""
+    """Say where the servers are and what to do with them; warn of what others might do."""
     host, port = str(servers[0].server_address[0]), servers[0].server_address[1]
+    pop3 = "".join(f", POP3 on port {server.server_address[1]}" for server in servers[1:])
+    print(f"mailserver {__version__} listens on {host} port {port}{pop3}", flush=True)
     if servers[0].console:
-        servers[0].console.show(f"To try it, type in another terminal: telnet {host} {port}")
-        servers[0].console.show("To stop it: Ctrl-C")
+        servers[0].console.show(f"Try it in another terminal: telnet {host} {port}", "Stop: Ctrl-C")
     if not host.startswith("127.") and host != "::1":
         warn("other machines can reach this server: anyone there can send it mail")
     if servers[0].users and not servers[0].tls:
@@ -1251,16 +1170,33 @@ def announce(servers: list[MailServer]) -> None:
         warn("any password opens any mailbox; see --users")
 
 
-def tls_context(cert: str, key: str) -> ssl.SSLContext:
-    """Make what is needed for TLS of a certificate and its key."""
-    import ssl  # takes long, so only when needed
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # Trap: else no 421 at the end
-    with or_end(f"use {cert} and {key} (make cert makes such a pair)"):
-        context.load_cert_chain(cert, key)
-    return context
+def main(argv: list[str] | None = None, handler: Any = SecureHandler) -> None:
+    """Run the program: read the flags, listen, serve, wait for Ctrl-C or TERM, stop."""
+    flags = read_flags(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the terminal may lack a client's letters
+        sys.stdout.reconfigure(errors="backslashreplace")
+    settings = {name: value for name, value in vars(flags).items() if hasattr(MailServer, name)}
+    settings |= {"fail": dict(flags.fail), "lists": dict(flags.list)}
+    settings["console"] = None if flags.quiet else Projector()
+    settings["users"] = make("--users", read_users, flags.users) if flags.users else {}
+    settings["tls"] = make("files for --tls", tls_context, *flags.tls) if flags.tls else None
+    settings["maildir"] = make("--maildir", Maildir, flags.maildir) if flags.maildir else None
+    stopped: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stopped.append(number))
+    place, ports = (flags.host, flags.port), "--host or --port"
+    servers = [make(ports, MailServer, place, handler, **settings)]
+    if flags.pop3_port is not None:  # twice the patience: RFC 1939 3
+        settings |= {"mailroom": servers[0].mailroom, "timeout": 2 * flags.timeout}
+        place, ports = (flags.host, flags.pop3_port), "--host or --pop3-port"
+        servers.append(make(ports, MailServer, place, POP3Handler, **settings))
+    announce(servers)
+    for server in servers:
+        server.start()
+    while not stopped:
+        time.sleep(0.1)
+    for server in servers:
+        server.stop()
 
 
 if __name__ == "__main__":

@@ -307,7 +307,9 @@ class SyntaxTest(DialogueTest):
             ("MAIL FROM:<\\xc3\\x28@example.com>", "MAIL FROM:<sender@example.com>"),
         ]:
             with self.subTest(line):
-                self.dialogue(HELLO + f"C: {line}\nS: 501 Syntax: {syntax}...\nC: NOOP\nS: 250 OK")
+                self.dialogue(
+                    HELLO + f"C: {line}\nS: 501 Syntax: {syntax} - ...\nC: NOOP\nS: 250 OK"
+                )
 
     def test_rcpt(self) -> None:
         self.dialogue(
@@ -329,11 +331,11 @@ class SyntaxTest(DialogueTest):
             ENVELOPE
             + """
             C: DATA now
-            S: 501 Syntax: DATA
+            S: 501 Syntax: DATA - ...
             C: RSET all
-            S: 501 Syntax: RSET
+            S: 501 Syntax: RSET - ...
             C: QUIT please
-            S: 501 Syntax: QUIT
+            S: 501 Syntax: QUIT - ...
             C: DATA  \t
             S: 354 ...
             C: .
@@ -734,13 +736,18 @@ class ProjectorTest(unittest.TestCase):
             (b"utf-8", b"base64", b"Y2Fmw6kbWzJK"),
             (b"utf-8", b"quoted-printable", b"caf=C3=A9=1B[2J"),
             (b"latin-1", b"Quoted-Printable", b"caf=E9=1B[2J"),
-            (b"nonsense", b"base64", b"Y2Fm6RtbMko="),
-            (b"hex", b"base64", b"Y2Fm6RtbMko="),
         ]:
             with self.subTest(charset):
                 self.assertIn(
                     "café\\x1b[2J\n", self.show(head % (charset, encoding) + body, "b@example.com")
                 )
+
+    def test_unknown_character_sets(self) -> None:
+        for charset in (b"nonsense", b"hex", b"\xff"):
+            text = (
+                b"Content-Type: text/plain; charset=%s\r\nContent-Transfer-Encoding: base64\r\n\r\n"
+            )
+            self.assertIn("\nYQ==\n----", self.show(text % charset + b"YQ==", "b@example.com"))
 
     def test_colours(self) -> None:
         class Terminal(io.StringIO):
@@ -876,8 +883,7 @@ class ExtensionTest(DialogueTest):
             S: 214-AUTH DATA EHLO EXPN HELO HELP MAIL NOOP QUIT RCPT RSET STARTTLS VRFY
             S: 214 ...HELP...
             C: help mail
-            S: 214-MAIL FROM:<sender@example.com>
-            S: 214 Opens an envelope...
+            S: 214 MAIL FROM:<sender@example.com> - opens an envelope...
             C: HELP FROB
             S: 504 No such command...
         """)
@@ -885,9 +891,9 @@ class ExtensionTest(DialogueTest):
     def test_every_command_has_a_syntax_and_a_sentence(self) -> None:
         for handler in (mailserver.SecureHandler, mailserver.POP3Handler):
             for verb in (name[3:] for name in dir(handler) if name.startswith("do_")):
-                syntax, sentence = getattr(handler, "do_" + verb).__doc__.split("\n")
+                syntax, sentence = getattr(handler, "do_" + verb).__doc__.split(" - ")
                 self.assertEqual(syntax.split(" ")[0], verb)
-                self.assertTrue(sentence.endswith("."), sentence)
+                self.assertGreater(len(sentence.split()), 2)
 
     def test_vrfy_and_expn(self) -> None:
         self.dialogue("""
@@ -897,7 +903,7 @@ class ExtensionTest(DialogueTest):
             C: VRFY Team
             S: 250 <team>
             C: VRFY
-            S: 501 Syntax: VRFY user
+            S: 501 Syntax: VRFY user - ...
             C: EXPN team
             S: 250-<ann@example.com>
             S: 250 <bob@example.com>
@@ -1038,7 +1044,7 @@ class SecureTest(TLSTest):
                 C: AUTH PLAIN AGJvYgBwYXNzIHdvcmQ=
                 S: 538 Send STARTTLS before AUTH
                 C: STARTTLS now
-                S: 501 Syntax: STARTTLS
+                S: 501 Syntax: STARTTLS - ...
                 C: STARTTLS
                 S: 220 Ready for TLS
             """,
@@ -1466,7 +1472,7 @@ class POP3Test(TLSTest):
             C: PASS x
             S: -ERR Send USER before PASS
             C: USER
-            S: -ERR Syntax: USER address
+            S: -ERR Syntax: USER address - ...
             C: FROB
             S: -ERR Unknown command...
             C: STLS
@@ -1482,7 +1488,7 @@ class POP3Test(TLSTest):
             C: RETR 1
             S: -ERR No such message...
             C: RETR x
-            S: -ERR Syntax: RETR message
+            S: -ERR Syntax: RETR message - ...
             C: GET / HTTP/1.0
             S: -ERR ...browser...
             S: (closed)
@@ -1790,14 +1796,16 @@ class ProcessTest(unittest.TestCase):
         with Process() as server:
             for flags, message in [
                 (["--port", str(server.address[1])], "in use"),
-                (["--port", "x"], "whole number"),
+                (["--port", "x"], "int"),
                 (["--port", "65536"], "0-65535"),
                 (["--max-size", "-1"], "whole number"),
+                (["--max-clients", "0"], "whole number"),
+                (["--timeout", "x"], "int"),
                 (["--fail", "RCPT"], "RCPT=450"),
                 (["--fail", "RCPT=250"], "RCPT=450"),
                 (["--frob"], "--frob"),
-                (["--host", "nowhere.invalid"], "cannot listen"),
-                (["--host", "192.0.2.1"], "cannot listen"),
+                (["--host", "nowhere.invalid"], "--host"),
+                (["--host", "192.0.2.1"], "--host"),
             ]:
                 with self.subTest(flags):
                     command = [sys.executable, str(HERE / "mailserver.py"), *flags]
@@ -1846,17 +1854,17 @@ class ProcessTest(unittest.TestCase):
             good.write_text("# who\n\nann:secret\n bob : pass:word \n", encoding="utf-8")
             bad.write_text("ann:secret\nbob\n", encoding="utf-8")
             self.assertEqual(
-                mailserver.passwords(str(good)), {"ann": "secret", "bob ": " pass:word"}
+                mailserver.read_users(str(good)), {"ann": "secret", "bob ": " pass:word"}
             )
             for flags, message in [
                 (["--users", str(bad)], "line 2"),
-                (["--users", folder + "/none"], "none"),
+                (["--users", folder + "/none"], "--users"),
                 (["--require-auth"], "--users"),
                 (["--pop3-port", "0"], "--maildir"),
-                (["--tls", str(bad), str(bad)], "make cert"),
-                (["--tls", "none", "none"], "none"),
+                (["--tls", str(bad), str(bad)], "--tls"),
+                (["--tls", "none", "none"], "--tls"),
                 (["--list", "team"], "team=ann@example.com"),
-                (["--maildir", str(good)], "good"),
+                (["--maildir", str(good)], "--maildir"),
             ]:
                 with self.subTest(flags):
                     command = [sys.executable, str(HERE / "mailserver.py"), *flags, "--port", "0"]
@@ -1896,8 +1904,7 @@ class ProcessTest(unittest.TestCase):
             self.assertEqual(len(subjects), len(set(subjects)), "a message came twice")
             self.assertEqual(set(accepted) - set(subjects), set(), "a message is lost")
             with Process(*flags) as server:
-                wait_until(lambda: "POP3" in server.printed)
-                port = int(re.findall(r"port (\d+) for POP3", server.printed)[0])
+                port = int(re.findall(r"POP3 on port (\d+)", server.printed)[0])
                 client = poplib.POP3("127.0.0.1", port, timeout=PATIENCE)
                 client.user("b@example.com")
                 client.pass_("x")
