@@ -199,7 +199,7 @@ class SMTPHandler(LineHandler):
 
     Their order is kept by what the session holds: no helo, no MAIL; no envelope, no RCPT."""
 
-    helo = ""
+    helo, protocol = "", "SMTP"
     envelope: Envelope | None = None
     path = "<([!-;=?-~]+)>"  # any address: ASCII in brackets, no blanks and no control characters
 
@@ -213,11 +213,12 @@ class SMTPHandler(LineHandler):
 
     def do_HELO(self, arg: str) -> None:
         """HELO your-domain.example - says who you are, and starts afresh (RFC 5321 4.1.1.1)"""
-        self.helo, self.envelope = self.match("HELO", "[!-~]+", arg)[0], None
+        self.helo, self.envelope = self.match("HELO", "[!-~]{1,255}", arg)[0], None
+        self.protocol = "SMTP"
         self.reply(250, "Hello")
 
     def do_MAIL(self, arg: str) -> None:
-        """MAIL FROM:<sender@example.com> - opens an envelope; bounces go there (RFC 5321 4.1.1.2)"""
+        """MAIL FROM:<sender@example.com> - opens an envelope; bounces go there (RFC 5321 3.3)"""
         refuse(not self.helo, 503, "Send HELO before MAIL FROM")
         refuse(self.envelope, 503, "Send RCPT TO and DATA before another MAIL FROM")
         match = self.match("MAIL", f"FROM: *(?:<>|{self.path})", arg)
@@ -429,7 +430,6 @@ class ESMTPHandler(Manners, SMTPHandler):
     _domain = rf"(?:{_label}(?:\.{_label})*|\[(?:\d+(?:\.\d+){{3}}|IPv6:[0-9A-F:.]+)\])"
     path = rf"<(?:@{_domain}(?:,@{_domain})*:)?({_local}@{_domain}|{_atom})>"
 
-    protocol = "SMTP"  # or ESMTP, after EHLO
     utf8 = False  # addresses may have letters beyond ASCII
     stray = re.compile(rb"\n(?:HELP|QUIT|RSET|NOOP|DATA|(?:HELO|EHLO|MAIL|RCPT) .*)\s*\Z", re.I)
 
@@ -441,8 +441,6 @@ class ESMTPHandler(Manners, SMTPHandler):
 
     def match(self, verb: str, pattern: str, arg: str) -> re.Match[str]:
         """Take an argument apart. That of MAIL and RCPT is an address, and parameters behind it."""
-        if verb in ("HELO", "EHLO"):
-            self.protocol = "SMTP" if verb == "HELO" else "ESMTP"
         if verb not in ("MAIL", "RCPT"):
             return super().match(verb, pattern, arg)
         match = super().match(verb, pattern + "((?: +[!-~]+)*)", arg)
@@ -509,7 +507,8 @@ class ESMTPHandler(Manners, SMTPHandler):
 
     def do_EHLO(self, arg: str) -> None:
         """EHLO your-domain.example - says who you are, asks what there is (RFC 5321 4.1.1.1)"""
-        self.helo, self.envelope = self.match("EHLO", "[!-~]+", arg)[0], None
+        self.helo, self.envelope = self.match("EHLO", "[!-~]{1,255}", arg)[0], None
+        self.protocol = "ESMTP"
         self.reply(250, "Hello", *self.extensions())
 
     def do_RSET(self, arg: str) -> None:
@@ -911,7 +910,7 @@ class POP3Handler(Trust, LineHandler):
         self.reply(221, "Bye")
 
     def do_SUBSCRIBE(self, arg: str) -> None:
-        """SUBSCRIBE - sends each message the moment it comes, until you send a line (no RFC has it)"""
+        """SUBSCRIBE - sends each message the moment it comes, until you send a line (in no RFC)"""
         inbox: queue.Queue[Envelope] = queue.Queue(self.backlog)
 
         def subscriber(envelope: Envelope) -> None:

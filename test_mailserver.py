@@ -1959,19 +1959,65 @@ class ReadmeTest(DialogueTest):
     def blocks(self, language: str) -> list[str]:
         return re.findall(rf"^```{language}\n(.*?)^```", self.readme, re.DOTALL | re.MULTILINE)
 
+    def dialogues(self, kind: str) -> list[str]:
+        """Give the dialogues that are to be played with a kind of server; "": the usual one."""
+        found = re.findall(
+            r"(?:<!-- played with: (\w+) -->\n)?^```text\n(.*?)^```",
+            self.readme,
+            re.DOTALL | re.MULTILINE,
+        )
+        return [text for mark, text in found if mark == kind]
+
     def test_dialogues(self) -> None:
-        dialogues = [b for b in self.blocks("text") if b.startswith("S: ")]
-        self.assertGreaterEqual(len(dialogues), 1)
-        for text in dialogues:
+        self.assertGreaterEqual(len(self.dialogues("")), 4)
+        for text in self.dialogues(""):
             with self.subTest(text):
                 self.dialogue(text)
 
+    def test_dialogues_with_users(self) -> None:
+        self.server = self.serve(users={"ann": "secret"})
+        (text,) = self.dialogues("users")
+        self.dialogue(text)
+
+    def test_dialogues_with_pop3(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            maildir = mailserver.Maildir(folder)
+            smtp = self.serve(maildir=maildir)
+            pop3 = self.serve(
+                handler=mailserver.POP3Handler, maildir=maildir, mailroom=smtp.mailroom
+            )
+            before, after = self.dialogues("subscriber")
+            message = ENVELOPE.replace("b@", "bob@").replace("a@", "ann@") + DATA
+            message = message.replace("HELO example.com", "HELO laptop.example")
+            message += "C: Look, it has arrived!\nC: .\nS: 250 Message accepted\n"
+            self.server = pop3
+            with self.connect() as client:
+                for line in before.splitlines():
+                    if line.startswith("C:"):
+                        client.send(octets(line[3:]))
+                    else:
+                        self.expect(client, line[3:])
+                self.server = smtp
+                self.play(message.splitlines())
+                for line in after.splitlines():
+                    self.expect(client, line[3:])
+            wait_until(lambda: not pop3.sessions)
+            self.server = pop3
+            for text in self.dialogues("pop3"):
+                self.play(text.splitlines())
+
+    def test_code(self) -> None:
+        blocks = [code for code in self.blocks("python") if "main(" not in code]
+        self.assertGreater(len(blocks), 7)
+        for code in blocks:
+            with self.subTest(code), contextlib.redirect_stdout(io.StringIO()):
+                names: dict[str, Any] = {}
+                exec(compile(code, "README.md", "exec"), names)
+                if "server" in names:
+                    names["server"].stop()
+
     def test_the_first_dialogue_is_that_of_the_module(self) -> None:
         self.assertIn(textwrap.indent(self.blocks("text")[0], "    "), mailserver.__doc__ or "")
-
-    def test_use_as_a_module(self) -> None:
-        code = next(b for b in self.blocks("python") if "with MailServer" in b)
-        exec(compile(code, "README.md", "exec"), {})
 
     @unittest.skipIf(os.name == "nt", "signals are sent the Unix way here")
     def test_add_a_command(self) -> None:
