@@ -21,7 +21,8 @@ Run it with "python mailserver.py", type "telnet 127.0.0.1 2525" in a second ter
 C is the client, you; S is the server, this file. That is SMTP, the Simple Mail Transfer Protocol
 (RFC 5321): the client sends a line that starts with a verb, the server answers with a code and a
 text. 2xx is yes, 3xx is "go on", 4xx is "not now", 5xx is "no". The file is a course, of which
-each part only adds to the ones before it; you may stop after any of them:
+each part only adds to the ones before it; you may stop reading after any of them. Comments that
+start with "Trap:" mark what looks like it could be left out, or done the easy way.
 
     1  A small server       lines in, replies out, five commands, a thread for each client
     2  The whole protocol   people who mistype, the other commands, addresses, extensions
@@ -339,7 +340,8 @@ def warn(text: str) -> None:
 
 
 class Manners(LineHandler):
-    """A mixin: name it before a LineHandler, and the session gets patience, and an end."""
+    """A mixin: name it before a LineHandler, and the session gets patience, and an end. It needs a
+    MailServer, from part 6, as do all handlers from here on."""
 
     server: MailServer
     encrypted, user = False, ""  # part 3 sets them
@@ -576,7 +578,7 @@ class Trust(Manners):
 
         expected = self.server.users.get(name, password)  # no such name? compare all the same
         if compare_digest(password.encode(), expected.encode()) and name in self.server.users:
-            self.user = name
+            self.user, self.secret_seen = name, False
             return True
         self.reply(535, "Wrong name or password")
         self.failures += 1
@@ -584,7 +586,7 @@ class Trust(Manners):
         return False
 
     def log(self, who: str, text: str) -> None:
-        """Show a line without its password; behind an AUTH that failed, one may come alone."""
+        """Show a line without its password; what comes behind may be one, too, if it is no verb."""
         if who == "C" and (match := self.secret.match(text)):
             self.secret_seen = True
             text = match[1] + (" ********" if match[2] else "")
@@ -855,7 +857,7 @@ class POP3Handler(Trust, LineHandler):
         """USER address - says whose mail it is about"""
         readable = self.server.tls and self.server.users and not self.encrypted
         refuse(readable, 538, "Send STLS before USER")
-        self.name = self.match("USER", "[^ ]+", arg)[0]
+        self.name, self.secret_seen = self.match("USER", "[^ ]+@[^ ]+|postmaster", arg)[0], True
         self.reply(250, "Send PASS")
 
     def do_PASS(self, arg: str) -> None:
@@ -1057,20 +1059,23 @@ class Projector(Console):
         from email import message_from_bytes, utils  # takes long, so only when needed
 
         mail = message_from_bytes(envelope.content)
-        named = {name.lower() for _, name in utils.getaddresses([str(v) for v in mail.values()])}
+        headers = [str(value) for name in ("To", "Cc") for value in mail.get_all(name, [])]
+        named = {address.lower() for _, address in utils.getaddresses(headers)}
         lines = [f"---- envelope, session {envelope.session}", f"from <{envelope.sender}>"]
         for address in envelope.recipients:
-            hidden = mail.keys() and address.lower() not in named
+            hidden = headers and address.lower() not in named
             lines.append(f"to   <{address}>" + ("  (in no header: a Bcc)" if hidden else ""))
-        text = envelope.content.decode("utf-8", "backslashreplace").replace("\r\n", "\r")
-        lines += ["---- message", *text.replace("\n", "<LF>\r").removesuffix("\r").split("\r")]
+        text = envelope.content.decode("utf-8", "backslashreplace")
+        for line in text.removesuffix("\n").split("\n"):  # the bar: it is no line of the console's
+            lines.append("| " + (line[:-1] if line.endswith("\r") else line + "<LF>"))
         for part in mail.walk():
             encoding = str(part["Content-Transfer-Encoding"]).lower()
             if encoding in ("base64", "quoted-printable") and not part.is_multipart():
                 with suppress(LookupError, ValueError):  # no such character set
                     data: Any = part.get_payload(decode=True)
                     text = data.decode(part.get_content_charset("utf-8"), "backslashreplace")
-                    lines += [f"---- decoded from {encoding}", *text.rstrip().split("\n")]
+                    lines += [f"---- decoded from {encoding}"]
+                    lines += ["| " + line for line in text.rstrip().splitlines()]
         self.show(*map(printable, [*lines, "----"]))
 
 
@@ -1160,7 +1165,8 @@ def announce(servers: list[MailServer]) -> None:
     pop3 = "".join(f", POP3 on port {server.server_address[1]}" for server in servers[1:])
     print(f"mailserver {__version__} listens on {host} port {port}{pop3}", flush=True)
     if servers[0].console:
-        servers[0].console.show(f"Try it in another terminal: telnet {host} {port}", "Stop: Ctrl-C")
+        near = host.replace("0.0.0.0", "127.0.0.1")
+        servers[0].console.show(f"Try it in another terminal: telnet {near} {port}", "Stop: Ctrl-C")
     if not host.startswith("127.") and host != "::1":
         warn("other machines can reach this server: anyone there can send it mail")
     if servers[0].users and not servers[0].tls:

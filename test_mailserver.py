@@ -527,6 +527,26 @@ class SizeTest(DialogueTest):
         )
 
 
+class MemoryTest(DialogueTest):
+    """What a client sends is bounded where it is kept."""
+
+    def test_endless_lines_and_messages(self) -> None:
+        peaks = [0]
+
+        class Handler(mailserver.SecureHandler):
+            def receive(self) -> None:
+                super().receive()
+                peaks.append(len(self.received))
+
+        self.server = self.serve(handler=Handler, max_size=1000)
+        endless = "x" * 2_000_000
+        line = f"S: 220 ...\nC: {endless}\nS: 500 Line too long...\n"
+        message = ENVELOPE + DATA + f"C: {endless}\nC: .\nS: 552 ...\n"
+        for text in (line, message):
+            self.play(text.splitlines())
+            self.assertLess(max(peaks), Handler.line_limit + 70_000)
+
+
 class FailTest(DialogueTest):
     settings = {"fail": {"RCPT": 450, "VRFY": 421}}
 
@@ -724,11 +744,15 @@ class ProjectorTest(unittest.TestCase):
     def test_envelope_and_bcc(self) -> None:
         text = self.show(b"To: Bob <B@example.com>\r\n\r\nhi\r\n", "b@example.com", "c@example.com")
         self.assertIn("from <a@example.com>\nto   <b@example.com>\nto   <c@example.com>  (", text)
-        self.assertNotIn("(", self.show(b"no headers\r\n", "b@example.com"))
+        for plain in (b"no headers\r\n", b"Subject: x\r\n\r\n", b"PS: tomorrow\r\n"):
+            self.assertNotIn("(", self.show(plain, "b@example.com"))
+
+    def test_no_message_looks_like_a_dialogue(self) -> None:
+        self.assertNotRegex(self.show(b"[1] S: 250 OK\n----\n", "b@example.com"), r"(?m)^\[1\]")
 
     def test_line_ends(self) -> None:
-        text = self.show(b"one\r\ntwo\nthree\x1b\r\n", "b@example.com")
-        self.assertIn("one\ntwo<LF>\nthree\\x1b\n", text)
+        text = self.show(b"one\r\ntwo\nthree\x1b\r\n\rx\r\n", "b@example.com")
+        self.assertIn("| one\n| two<LF>\n| three\\x1b\n", text)
 
     def test_decoded(self) -> None:
         head = b"Content-Type: text/plain; charset=%s\r\nContent-Transfer-Encoding: %s\r\n\r\n"
@@ -747,7 +771,9 @@ class ProjectorTest(unittest.TestCase):
             text = (
                 b"Content-Type: text/plain; charset=%s\r\nContent-Transfer-Encoding: base64\r\n\r\n"
             )
-            self.assertIn("\nYQ==\n----", self.show(text % charset + b"YQ==", "b@example.com"))
+            self.assertIn(
+                "\n| YQ==<LF>\n----", self.show(text % charset + b"YQ==", "b@example.com")
+            )
 
     def test_colours(self) -> None:
         class Terminal(io.StringIO):
@@ -1612,10 +1638,11 @@ class POP3Test(TLSTest):
         wait_until(lambda: not self.server.sessions)
 
     def test_stopping_ends_subscriptions(self) -> None:
-        self.server.timeout = 0.1  # which is not for those who wait for mail
-        client = self.open_mailbox()
+        self.server = self.serve(handler=mailserver.POP3Handler, **self.settings, timeout=0.2)
+        client, idle = self.open_mailbox(), self.connect()
         self.converse(client, "C: SUBSCRIBE\nS: +OK ...\n")
-        self.send()
+        self.converse(idle, "S: +OK ...\nS: -ERR Nothing heard...\nS: (closed)\n")
+        self.send()  # whoever waits for mail is not idle
         while client.line() != ".":
             pass
         self.server.stop()
@@ -1766,7 +1793,7 @@ class ProcessTest(unittest.TestCase):
         self.assertIn("telnet 127.0.0.1", out)
         self.assertIn("Ctrl-C", out)
         self.assertIn("\n[1] S: 250 OK\n", out)
-        self.assertIn("\nSubject: x\n\nhello\n", out)
+        self.assertIn("\n| Subject: x\n| \n| hello\n----\n", out)
         self.assertNotIn("\x1b", out)
         self.assertEqual((status, err), (0, ""))
 
@@ -2010,11 +2037,19 @@ class ReadmeTest(DialogueTest):
         blocks = [code for code in self.blocks("python") if "main(" not in code]
         self.assertGreater(len(blocks), 7)
         for code in blocks:
-            with self.subTest(code), contextlib.redirect_stdout(io.StringIO()):
+            with (
+                self.subTest(code),
+                contextlib.redirect_stdout(io.StringIO()),
+                tempfile.TemporaryDirectory() as folder,
+            ):
+                shutil.copy(HERE / "mailserver.py", folder)
+                self.addCleanup(os.chdir, os.getcwd())
+                os.chdir(folder)
                 names: dict[str, Any] = {}
                 exec(compile(code, "README.md", "exec"), names)
                 if "server" in names:
                     names["server"].stop()
+                os.chdir(HERE)
 
     def test_the_first_dialogue_is_that_of_the_module(self) -> None:
         self.assertIn(textwrap.indent(self.blocks("text")[0], "    "), mailserver.__doc__ or "")
