@@ -251,21 +251,19 @@ class SMTPHandler(LineHandler):
         """Give the message. The dot that the client put before a line's own is dropped (RFC 5321
         4.5.2). Refused(552): the message is too big; it was read to its end all the same."""
         newline, text, start = self.newline, self.received, 0
-        limit = self.server.max_size + len(newline)
+        limit = self.server.max_size
         text[:0] = newline  # DATA's own: behind it starts the first line
         while not (end := self.end_of_message[newline].search(text, start)):
-            del text[limit:-4]  # too big: forget the middle, but not that it is too big
+            del text[2 * limit : -4]  # too big, even if half of it is dots that will be dropped
             start = max(0, len(text) - 4)  # the mark may come in pieces
             self.receive()
         self.received = text[end.end() :]
         del text[text.rindex(b".", 0, end.end()) :]
         self.log("C", ".")
-        refuse(
-            len(text) > limit, 552, f"Message too big: send {self.server.max_size} octets at most"
-        )
         if newline + b"." in text:  # Trap: a bare LF within a CRLF message starts no line
             text = text.replace(newline + b".", newline)
         del text[: len(newline)]
+        refuse(len(text) > limit, 552, f"Message too big: send {limit} octets at most")
         return text
 
     def deliver(self, envelope: Envelope) -> None:
@@ -346,12 +344,13 @@ class Manners(LineHandler):
     server: MailServer
     encrypted, user = False, ""  # part 3 sets them
     errors = 0
+    full = b"421 Too many clients: try again later\r\n"
     stopped = "The server is stopping: try again later"
     farewell = ""  # why the server hangs up on this client, once it does
 
     # What a telnet client may say to a telnet server: IAC and a byte, or two if the first is WILL,
     # WON'T, DO or DON'T, or all from SB to SE (RFC 854). read_line() made byte FF a "\udcff".
-    telnet = re.compile("\udcff(?:[\udcfb-\udcfe].|\udcfa.*?\udcff\udcf0|.)", re.DOTALL)
+    telnet = re.compile("\udcff(?:[\udcfb-\udcfe].|\udcfa.{,40}?\udcff\udcf0|.)", re.DOTALL)
 
     def setup(self) -> None:
         """Prepare a session that the server knows of, and can end."""
@@ -379,14 +378,23 @@ class Manners(LineHandler):
             socket.socket.shutdown(self.connection, how)  # Trap: an SSLSocket's own ends TLS, too
 
     def receive(self) -> None:
-        """Wait for more bytes. Refused(421): hang_up() was called."""
+        """Wait for more bytes. EOFError: the client is gone. Refused(421): hang_up() was called."""
         try:
             refuse(self.farewell, 421, self.farewell)
             super().receive()
             self.heard = time.monotonic()
-        except (EOFError, OSError):
+        except (EOFError, OSError) as error:
             refuse(self.farewell, 421, self.farewell)
-            raise
+            raise EOFError(error) from None
+
+    def flush(self) -> None:
+        """Send the replies that wait. EOFError: the client is gone. So OSError, from now on, means
+        that a command failed at something else, such as a file."""
+        try:
+            super().flush()
+            self.heard = time.monotonic()
+        except OSError as error:
+            raise EOFError(error) from None
 
     def read_line(self) -> str:
         """Give the next line as it was meant: backspace and DEL edit it, telnet's codes go."""
@@ -407,7 +415,7 @@ class Manners(LineHandler):
             return self.reply(self.server.fail[verb], "Refused on purpose, as --fail says")
         try:
             super().dispatch(line)
-        except (Refused, EOFError, OSError):
+        except (Refused, EOFError):
             raise
         except Exception as error:
             warn(f"{verb} failed: {error!r}")
@@ -503,7 +511,9 @@ class ESMTPHandler(Manners, SMTPHandler):
             name = address.rpartition("@")[0] or address
             members.update(dict.fromkeys(self.server.lists.get(name.lower(), [address])))
         envelope.recipients = list(members)
-        how = self.protocol + "S" * self.encrypted + "A" * bool(self.user)  # RFC 3848
+        how = self.protocol
+        if how == "ESMTP":  # RFC 3848
+            how += ("S" if self.encrypted else "") + ("A" if self.user else "")
         envelope.trace = f"from {self.helo} ([{self.client_address[0]}]) with {how}"
         self.server.mailroom.publish(envelope)
 
@@ -544,8 +554,9 @@ class ESMTPHandler(Manners, SMTPHandler):
     def do_EXPN(self, arg: str) -> None:
         """EXPN list - asks who is on a mailing list (RFC 5321 3.5)"""
         name = self.match("EXPN", "<?([^<>@]+)(?:@[^<>]*)?>?", arg)[1].lower()
-        refuse(name not in self.server.lists, 550, "No such list")
-        self.reply(250, *(f"<{address}>" for address in self.server.lists[name]))
+        members = self.server.lists.get(name, [])
+        refuse(not members, 550, "No such list")
+        self.reply(250, *(f"<{address}>" for address in members))
 
 
 # ==================================================================================================
@@ -561,23 +572,31 @@ class Trust(Manners):
     secret = re.compile(r"\s*(AUTH(?: +(?:PLAIN|LOGIN)\b)?|PASS)(.*)", re.IGNORECASE)
     secret_seen = False
 
-    def start_tls(self) -> None:
-        """Go on in TLS. OSError: the client can't, so the session ends."""
-        assert self.server.tls
+    def start_tls(self, verb: str, arg: str) -> None:
+        """Go on in TLS. EOFError: the client can't, so the session ends."""
+        self.match(verb, "", arg)
+        if not self.server.tls:
+            raise Refused(502, "No TLS here: the server was started without --tls")
+        refuse(self.encrypted, 503, "TLS is on already")
+        self.reply(220, "Ready for TLS")
         self.flush()
         self.received.clear()  # Trap: sent in the clear, so who knows by whom (CVE-2011-0411)
         self.connection = self.server.tls.wrap_socket(
             self.connection, server_side=True, do_handshake_on_connect=False
         )
-        self.connection.do_handshake()  # apart from the line above: hang_up() can end it
+        try:
+            self.connection.do_handshake()  # apart from the line above: hang_up() can end it
+        except OSError as error:
+            raise EOFError(error) from None
         self.encrypted = True
 
     def log_in(self, name: str, password: str) -> bool:
         """Tell whether the password is right; if not, tell the client. Refused(421): third time."""
         from hmac import compare_digest  # Trap: == takes longer, the more of it is right
 
-        expected = self.server.users.get(name, password)  # no such name? compare all the same
-        if compare_digest(password.encode(), expected.encode()) and name in self.server.users:
+        expected = self.server.users.get(name, "no such user")  # so compare all the same
+        same = compare_digest(password.encode("utf-8", "replace"), expected.encode())
+        if same and name in self.server.users:
             self.user, self.secret_seen = name, False
             return True
         self.reply(535, "Wrong name or password")
@@ -615,14 +634,11 @@ class SecureHandler(Trust, ESMTPHandler):
 
     def mail_AUTH(self, value: str) -> None:
         """Hear who wrote the message (RFC 4954 5): of use to a relay only."""
+        refuse(not self.server.users, 555, "Unknown parameter: send MAIL without it")
 
     def do_STARTTLS(self, arg: str) -> None:
         """STARTTLS - goes on encrypted, from the start (RFC 3207)"""
-        self.match("STARTTLS", "", arg)
-        refuse(not self.server.tls, 502, "No TLS here: the server was started without --tls")
-        refuse(self.encrypted, 503, "TLS is on already: send EHLO")
-        self.reply(220, "Ready for TLS")
-        self.start_tls()
+        self.start_tls("STARTTLS", arg)
         self.helo, self.envelope, self.user = "", None, ""  # RFC 3207 4.2: forget it all
 
     def do_AUTH(self, arg: str) -> None:
@@ -678,7 +694,7 @@ class Mailroom:
 
     def subscribe(self, subscriber: Callable[[Envelope], object]) -> None:
         """Have a function called with each message, before its 250, in the sender's thread. If it
-        raises Refused, the sender hears that, and the subscribers behind it hear nothing."""
+        raises Refused, the sender hears that, and those who subscribed later hear nothing."""
         self.subscribers.append(subscriber)
 
     def publish(self, envelope: Envelope) -> None:
@@ -746,12 +762,12 @@ class Maildir:
             for folder in copies:
                 os.rename(os.path.join(folder, "tmp", name), os.path.join(folder, "new", name))
                 sync(os.path.join(folder, "new"))
-        except OSError as error:
+        except Exception as error:  # Trap: whatever it was, the message is not kept
             for folder, place in itertools.product(copies, ("tmp", "new")):
                 with suppress(OSError):
                     os.unlink(os.path.join(folder, place, name))
             warn(f"message not kept: {error}")
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             raise Refused(452 if full else 451, "Not kept, disk trouble: try again later") from None
 
     def write(self, folder: str, name: str, data: bytes) -> None:
@@ -788,6 +804,7 @@ class POP3Handler(Trust, LineHandler):
 
     Nothing is deleted before QUIT, so a broken line loses nothing (RFC 1939 6)."""
 
+    full = b"-ERR Too many clients: try again later\r\n"
     backlog = 64  # messages that may wait for a client that said SUBSCRIBE
     name = ""
     is_open = False
@@ -831,6 +848,7 @@ class POP3Handler(Trust, LineHandler):
         self.reply(250, f"{len(data)} octets")
         data = re.sub(rb"(?m)^\.", b"..", data)
         self.unsent += data + (b".\r\n" if data.endswith(b"\n") else b"\r\n.\r\n")
+        self.flush()  # not later: a client may ask for a thousand in one packet
 
     def table(self, verb: str, arg: str, values: dict[int, Any]) -> None:
         """Answer LIST or UIDL: a line for each message, or just that for the one named."""
@@ -843,14 +861,13 @@ class POP3Handler(Trust, LineHandler):
     def do_CAPA(self, arg: str) -> None:
         """CAPA - lists what the server can do (RFC 2449)"""
         stls = ["STLS"] if self.server.tls and not self.encrypted else []
-        self.reply(250, "This server can do", "USER", "UIDL", "PIPELINING", *stls, ".")
+        self.reply(
+            250, "This server can do", "USER", "UIDL", "PIPELINING", "RESP-CODES", *stls, "."
+        )
 
     def do_STLS(self, arg: str) -> None:
         """STLS - goes on encrypted (RFC 2595 4)"""
-        refuse(not self.server.tls, 502, "No TLS here: the server was started without --tls")
-        refuse(self.encrypted, 503, "TLS is on already")
-        self.reply(250, "Ready for TLS")
-        self.start_tls()
+        self.start_tls("STLS", arg)
         self.name = ""
 
     def do_USER(self, arg: str) -> None:
@@ -863,13 +880,15 @@ class POP3Handler(Trust, LineHandler):
     def do_PASS(self, arg: str) -> None:
         """PASS password - opens the mailbox"""
         refuse(not self.name, 503, "Send USER before PASS")
-        maildir = self.server.maildir
-        if not maildir or (self.server.users and not self.log_in(self.name, arg)):
+        if self.server.users and not self.log_in(self.name, arg):
             return
+        maildir: Any = self.server.maildir
+        refuse(not maildir, 550, "No mailboxes here: the server was started without --maildir")
+        files = dict(enumerate(maildir.files(self.name), 1))
+        self.sizes = {number: len(self.load(file)) for number, file in files.items()}
         mine = maildir.locks.setdefault(self.name.lower(), self) is self
         refuse(not mine, 450, "[IN-USE] Another session has the mailbox open: try again later")
-        self.is_open, self.box = True, dict(enumerate(maildir.files(self.name), 1))
-        self.all, self.sizes = dict(self.box), {n: len(self.load(f)) for n, f in self.box.items()}
+        self.is_open, self.all, self.box = True, files, dict(files)
         self.reply(250, f"{len(self.box)} messages")
 
     def do_STAT(self, arg: str) -> None:
@@ -942,6 +961,8 @@ class POP3Handler(Trust, LineHandler):
                 with suppress(queue.Empty):
                     message = inbox.get(timeout=0.2).copy_for(self.name)
                     self.send_message(message.replace(b"\n", b"\r\n"))
+                    self.heard = float("inf")
+        self.heard = time.monotonic()
 
 
 # ==================================================================================================
@@ -974,7 +995,10 @@ class MailServer(SmallServer):
             if not hasattr(self, name):
                 raise TypeError(f"MailServer has no setting {name!r}")
             setattr(self, name, value)
+        self.fail = {verb.upper(): code for verb, code in self.fail.items()}
+        self.lists = {name.lower(): members for name, members in self.lists.items()}
         self.sessions: set[Manners] = set()
+        self.clients: set[socket.socket] = set()
         self.stopping = threading.Event()
         if not self.mailroom:
             self.mailroom = Mailroom()
@@ -988,8 +1012,13 @@ class MailServer(SmallServer):
     def start(self) -> None:
         """Serve in a thread of its own; returns at once."""
         self.serving = True
-        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def serve_forever(self, poll_interval: float = 0.1) -> None:
+        """Serve until stop() is called, from another thread."""
+        self.serving = True
         threading.Thread(target=self.watch, daemon=True).start()
+        super().serve_forever(poll_interval)
 
     def watch(self) -> None:
         """Hang up on idle clients. A time limit on each socket would do it, too, but cost one more
@@ -1007,13 +1036,13 @@ class MailServer(SmallServer):
         """Say 421 to every client, give the sessions a little time to end, free the port."""
         self.stopping.set()
         self.hang_up(Manners.stopped)
-        if self.serving:
-            self.shutdown()
-        self.server_close()
         deadline = time.monotonic() + self.grace
         while self.sessions and time.monotonic() < deadline:
             time.sleep(0.01)
-        self.hang_up(Manners.stopped)
+        self.hang_up(Manners.stopped)  # whoever is left does not read what it is sent
+        if self.serving:
+            self.shutdown()
+        self.server_close()
 
     def __exit__(self, *exception: object) -> None:
         """The with block ends, and so does the server."""
@@ -1030,10 +1059,17 @@ class MailServer(SmallServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Turn away one client too many."""
-        welcome = len(self.sessions) < self.max_clients
+        self.clients.add(request)  # their sessions come into being later, in their threads
+        if len(self.clients) <= self.max_clients:
+            return True
         with suppress(OSError):
-            request.sendall(b"" if welcome else b"421 Too many clients: try again later\r\n")
-        return welcome
+            request.sendall(self.RequestHandlerClass.full)  # type: ignore[attr-defined]
+        return False
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection: there is room for another one."""
+        self.clients.discard(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say in one line what ended a session; socketserver has a traceback for that."""
@@ -1044,6 +1080,8 @@ class Projector(Console):
     """A console for the class: colours; the Bcc, odd line ends and encoded text made visible."""
 
     def __init__(self) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # the terminal may lack a client's letters
+            sys.stdout.reconfigure(errors="backslashreplace")
         self.coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     def show(self, *lines: str) -> None:
@@ -1100,8 +1138,14 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--max-size", type=int, default=10 * 2**20, help=f"octets in a message {known}")
     add("--max-clients", type=int, default=1010, help=f"at the same time {known}")
     add("--timeout", type=int, default=300, help=f"seconds of silence to bear {known}")
-    add("--fail", type=rule, action="append", default=[], help="refuse commands: RCPT=450")
-    add("--list", type=rule, action="append", default=[], help="team=ann@example.com,bob@x.org")
+    add("--fail", type=failure, action="append", default=[], help="refuse commands: RCPT=450")
+    add(
+        "--list",
+        type=mailing_list,
+        action="append",
+        default=[],
+        help="as in team=ann@x.org,bob@x.org",
+    )
     add("--tls", nargs=2, metavar=("CERT", "KEY"), help="offer TLS; make cert makes these files")
     add("--users", metavar="FILE", help="offer AUTH; the file has name:password on each line")
     add("--require-auth", action="store_true", help="take mail from these users only")
@@ -1109,28 +1153,27 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--pop3-port", type=int, help="let mail be collected there")
     add("--quiet", action="store_true", help="print neither dialogues nor mail")
     add("--version", action="version", version=f"mailserver {__version__}")
-    flags = parser.parse_args(argv)
-    if min(flags.max_size, flags.max_clients, flags.timeout) < 1:
-        parser.error("--max-size, --max-clients and --timeout are whole numbers from 1 up")
-    collected = flags.pop3_port is not None
-    if (flags.require_auth and not flags.users) or (collected and not flags.maildir):
-        parser.error("--require-auth needs --users, and --pop3-port needs --maildir")
-    return flags
+    return parser.parse_args(argv)
 
 
-def rule(text: str) -> tuple[str, Any]:
-    """Read what --fail or --list takes."""
-    if match := re.fullmatch("([A-Za-z]+)=([45][0-9][0-9])", text):
+def failure(text: str) -> tuple[str, int]:
+    """Read what --fail takes."""
+    if match := re.fullmatch("([A-Za-z0-9]+)=([45][0-9][0-9])", text):
         return match[1].upper(), int(match[2])
-    if match := re.fullmatch(r"([^@=,\s]+)=([^=,\s]+@[^=,\s]+(,[^=,\s]+@[^=,\s]+)*)", text):
-        return match[1].lower(), match[2].split(",")
-    raise argparse.ArgumentTypeError("write it as in RCPT=450 or team=ann@example.com,bob@x.org")
+    raise argparse.ArgumentTypeError("write it as in RCPT=450")
+
+
+def mailing_list(text: str) -> tuple[str, list[str]]:
+    """Read what --list takes."""
+    if match := re.fullmatch(r"([^@=,\s]+)=([^@=,\s]+@[^@=,\s]+(,[^@=,\s]+@[^@=,\s]+)*)", text):
+        return match[1], match[2].split(",")
+    raise argparse.ArgumentTypeError("write it as in team=ann@example.com,bob@example.com")
 
 
 def read_users(path: str) -> dict[str, str]:
     """Read name:password from each line of a file, but for empty ones and # comments."""
     users = {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             name, _, password = line.strip().partition(":")
             if name and not name.startswith("#"):
@@ -1147,7 +1190,7 @@ def tls_context(cert: str, key: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # Trap: else no 421 at the end
-    context.load_cert_chain(cert, key)
+    context.load_cert_chain(cert, key, password="")  # else it would ask
     return context
 
 
@@ -1175,17 +1218,28 @@ def announce(servers: list[MailServer]) -> None:
         warn("any password opens any mailbox; see --users")
 
 
-def main(argv: list[str] | None = None, handler: Any = SecureHandler) -> None:
-    """Run the program: read the flags, listen, serve, wait for Ctrl-C or TERM, stop."""
-    flags = read_flags(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # the terminal may lack a client's letters
-        sys.stdout.reconfigure(errors="backslashreplace")
+def settings_of(flags: argparse.Namespace) -> dict[str, Any]:
+    """Make MailServer's settings of the flags; end the program if they do not go together."""
+    if min(flags.max_size, flags.max_clients, flags.timeout) < 1:
+        sys.exit("mailserver: --max-size, --max-clients and --timeout are whole numbers from 1 up")
+    if flags.require_auth and flags.users is None:
+        sys.exit("mailserver: --require-auth needs --users FILE")
+    if flags.pop3_port is not None and flags.maildir is None:
+        sys.exit("mailserver: --pop3-port needs --maildir DIR")
     settings = {name: value for name, value in vars(flags).items() if hasattr(MailServer, name)}
     settings |= {"fail": dict(flags.fail), "lists": dict(flags.list)}
     settings["console"] = None if flags.quiet else Projector()
-    settings["users"] = make("--users", read_users, flags.users) if flags.users else {}
+    settings["users"] = make("--users", read_users, flags.users) if flags.users is not None else {}
     settings["tls"] = make("files for --tls", tls_context, *flags.tls) if flags.tls else None
-    settings["maildir"] = make("--maildir", Maildir, flags.maildir) if flags.maildir else None
+    if flags.maildir is not None:
+        settings["maildir"] = make("--maildir", Maildir, flags.maildir)
+    return settings
+
+
+def main(argv: list[str] | None = None, handler: Any = SecureHandler) -> None:
+    """Run the program: read the flags, listen, serve, wait for Ctrl-C or TERM, stop."""
+    flags = read_flags(argv)
+    settings = settings_of(flags)
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stopped.append(number))

@@ -516,6 +516,11 @@ class SizeTest(DialogueTest):
                 self.dialogue(head + long + f"C: .{newline}\n" + over)
         self.assertEqual({len(envelope.content) for envelope in self.inbox}, {1000})
 
+    def test_doubled_dots_do_not_count(self) -> None:
+        dots = "C: ..\n" * 333
+        self.dialogue(ENVELOPE + DATA + dots + "C: .\nS: 250 Message accepted\n")
+        self.dialogue(ENVELOPE + DATA + dots + "C: ..\nC: .\nS: 552 ...\n")
+
     def test_the_next_message_is_a_new_one(self) -> None:
         self.dialogue(
             ENVELOPE
@@ -584,7 +589,7 @@ class LifeTest(DialogueTest):
         self.assertEqual(third.line(), "(closed)")
         first.send(b"QUIT\r\n")
         self.expect(first, "221 Bye")
-        wait_until(lambda: len(self.server.sessions) == 1)
+        wait_until(lambda: len(self.server.clients) == 1)
         self.expect(self.connect(), "220 ...")
 
     def test_serial_mode(self) -> None:
@@ -644,6 +649,28 @@ class LifeTest(DialogueTest):
                 client.socket.sendall(b"NOOP\r\n" * 10_000)
         self.server.stop()
         wait_until(lambda: not self.server.sessions)
+
+    def test_nor_in_serial_mode(self) -> None:
+        self.server = self.serve(serial=True, grace=0.1)
+        client = self.connect()
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.socket.settimeout(0.3)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                client.socket.sendall(b"HELP\r\n" * 10_000)
+        stopping = threading.Thread(target=self.server.stop, daemon=True)
+        stopping.start()
+        stopping.join(PATIENCE)
+        self.assertFalse(stopping.is_alive())
+
+    def test_serve_forever_in_a_thread_of_ones_own(self) -> None:
+        with MailServer(("127.0.0.1", 0)) as server:
+            thread = threading.Thread(target=server.serve_forever, daemon=True)
+            thread.start()
+            with Client(server.server_address) as client:
+                self.expect(client, "220 ...")
+        thread.join(PATIENCE)
+        self.assertFalse(thread.is_alive())
 
     def test_threads_and_files_are_given_back(self) -> None:
         before = threading.active_count()
@@ -940,6 +967,16 @@ class ExtensionTest(DialogueTest):
             S: 550 No such list
         """)
 
+    def test_names_of_lists_in_any_case(self) -> None:
+        self.server = self.serve(lists={"Team": ["ann@example.com"], "none": []})
+        self.dialogue("""
+            S: 220 ...
+            C: EXPN team
+            S: 250 <ann@example.com>
+            C: EXPN none
+            S: 550 No such list
+        """)
+
     def test_mail_to_a_list_goes_to_its_members(self) -> None:
         for to in ("team", "TEAM@any.example"):
             self.inbox.clear()
@@ -1224,7 +1261,7 @@ class AuthTest(DialogueTest):
         with unittest.mock.patch("hmac.compare_digest", compare):
             for text in ("AGFubgB3cm9uZw==", "AGJvYgB3cm9uZw=="):
                 self.play((self.ehlo + f"C: AUTH PLAIN {text}\nS: 535 ...").splitlines())
-        self.assertEqual(compared, [(b"wrong", b"secret"), (b"wrong", b"wrong")])
+        self.assertEqual(compared, [(b"wrong", b"secret"), (b"wrong", b"no such user")])
 
     def test_no_password_on_the_console(self) -> None:
         console = Recorder()
@@ -1378,6 +1415,12 @@ class KeepingTest(DialogueTest):
         self.assertEqual(len(self.warnings), 1)
         self.warnings.clear()
 
+    def test_any_failure_to_keep_it_is_a_failure(self) -> None:
+        with unittest.mock.patch.object(Envelope, "copy_for", side_effect=MemoryError):
+            self.send("bob@example.com", text="C: .\nS: 451 ...\n")
+        self.assertEqual(len(self.warnings), 1)
+        self.warnings.clear()
+
     def test_a_subscriber_may_refuse(self) -> None:
         def picky(envelope: Envelope) -> None:
             raise mailserver.Refused(554, "Not today")
@@ -1427,6 +1470,7 @@ class POP3Test(TLSTest):
             S: USER
             S: UIDL
             S: PIPELINING
+            S: RESP-CODES
             S: .
             C: USER Bob@example.com
             S: +OK ...
@@ -1552,6 +1596,57 @@ class POP3Test(TLSTest):
         )
         wrong = user + "C: PASS wrong\nS: -ERR Wrong...\n"
         self.dialogue("S: +OK ...\n" + wrong * 3 + "S: -ERR ...\nS: (closed)\n")
+
+    def test_a_password_that_is_no_text(self) -> None:
+        users = {"bob@example.com": "secret"}
+        self.server = self.serve(handler=mailserver.POP3Handler, **self.settings, users=users)
+        user = "C: USER bob@example.com\nS: +OK ...\n"
+        self.dialogue("S: +OK ...\n" + user + "C: PASS \\xff\\xfe\\xfc\nS: -ERR Wrong...\n")
+
+    def test_no_password_on_the_console(self) -> None:
+        console = Recorder()
+        self.server = self.serve(handler=mailserver.POP3Handler, **self.settings, console=console)
+        user = "S: +OK ...\nC: USER bob@example.com\nS: +OK ...\n"
+        self.play(
+            (
+                user + "C: PAS secret\nS: -ERR ...\nC: secret\nS: -ERR ...\nC: PASS secret"
+            ).splitlines()
+            + ["S: +OK 0 messages"]
+        )
+        self.assertNotIn("secret", "".join(console.lines))
+        self.assertIn("C: PASS ********", "".join(console.lines))
+
+    def test_a_file_that_has_moved(self) -> None:
+        self.send()
+        client = self.open_mailbox()
+        file = files(self.folder)[0]
+        file.rename(file.parent.parent / "cur" / (file.name + ":2,S"))
+        self.converse(client, "C: RETR 1\nS: -ERR ...\nC: NOOP\nS: +OK ...\n")
+        client.close()
+        self.assertEqual(len(self.warnings), 1)
+        self.warnings.clear()
+
+    def test_a_mailbox_that_cannot_be_read_is_not_locked(self) -> None:
+        self.send()
+        new = Path(self.folder, "bob@example.com", "new")
+        new.rename(new.with_name("gone"))
+        new.write_text("in the way", encoding="utf-8")
+        login = "C: USER bob@example.com\nS: +OK ...\nC: PASS x\n"
+        with self.connect() as client:
+            self.converse(client, "S: +OK ...\n" + login + "S: -ERR The server failed...\n")
+            new.unlink()
+            new.with_name("gone").rename(new)
+            self.converse(client, login + "S: +OK 1 messages\n")
+        self.warnings.clear()
+
+    def test_mail_asked_for_and_not_read(self) -> None:
+        self.send("x" * 500_000)
+        client = self.open_mailbox()
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.send(b"RETR 1\r\n" * 100)
+        (session,) = self.server.sessions
+        wait_until(lambda: session.unsent)
+        self.assertLess(len(session.unsent), 600_000)
 
     def test_stls(self) -> None:
         tls = mailserver.tls_context(self.cert, self.key)
