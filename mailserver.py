@@ -1139,13 +1139,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--max-clients", type=int, default=1010, help=f"at the same time {known}")
     add("--timeout", type=int, default=300, help=f"seconds of silence to bear {known}")
     add("--fail", type=failure, action="append", default=[], help="refuse commands: RCPT=450")
-    add(
-        "--list",
-        type=mailing_list,
-        action="append",
-        default=[],
-        help="as in team=ann@x.org,bob@x.org",
-    )
+    add("--list", type=mailing_list, action="append", default=[], help="team=a@x.org,b@x.org")
     add("--tls", nargs=2, metavar=("CERT", "KEY"), help="offer TLS; make cert makes these files")
     add("--users", metavar="FILE", help="offer AUTH; the file has name:password on each line")
     add("--require-auth", action="store_true", help="take mail from these users only")

@@ -2150,6 +2150,18 @@ class ReadmeTest(DialogueTest):
         self.assertIn(textwrap.indent(self.blocks("text")[0], "    "), mailserver.__doc__ or "")
 
     @unittest.skipIf(os.name == "nt", "signals are sent the Unix way here")
+    def test_pull_the_plug(self) -> None:
+        (code,) = self.blocks("py")
+        with tempfile.TemporaryDirectory() as folder, Process("--maildir", folder) as server:
+            code = code.replace("2525", str(server.address[1]))
+            command = [sys.executable, "-c", code]
+            client = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            wait_until(lambda: len(files(folder)) > 5)
+            server.process.kill()
+            accepted = int(client.communicate(timeout=PATIENCE)[0].split()[0])
+            self.assertIn(len(files(folder)) - accepted, (0, 1))
+
+    @unittest.skipIf(os.name == "nt", "signals are sent the Unix way here")
     def test_add_a_command(self) -> None:
         code = next(b for b in self.blocks("python") if "def do_TIME" in b)
         with tempfile.TemporaryDirectory() as folder:
