@@ -129,13 +129,13 @@ class LineHandler(socketserver.StreamRequestHandler):
         """Give the next line. CRLF ends it (RFC 5321 2.3.8), or a bare LF: nc sends nothing else.
         Refused(500): it is longer than line_limit."""
         while (end := self.received.find(b"\n") + 1) == 0:
-            del self.received[self.line_limit :]  # Trap: the rest must not pass for a command
+            del self.received[self.line_limit :]  # Trap: the rest of it must be no command
             self.receive()
         line = self.received[:end]
         del self.received[:end]
         refuse(end > self.line_limit, 500, f"Line too long: send {self.line_limit} octets at most")
         self.newline = b"\r\n" if line.endswith(b"\r\n") else b"\n"
-        return line.decode("utf-8", "surrogateescape").rstrip()
+        return line.decode("utf-8", "surrogateescape").rstrip()  # makes "\udcff" of a lone byte FF
 
     def dispatch(self, line: str) -> None:
         """Run the method that the first word names: "time UTC" calls do_TIME("UTC")."""
@@ -187,12 +187,7 @@ class Envelope:
         self.sender, self.session = sender, session
         self.recipients: list[str] = []
         self.content = bytearray()  # to use as bytes: those would be a second copy of it
-        self.trace = ""  # who brought it, and how
-
-    def copy_for(self, address: str) -> bytes:
-        """Give the message as it lies in a mailbox (RFC 5321 4.4), with LF for line ends."""
-        head = f"Return-Path: <{self.sender}>\nDelivered-To: {address}\nReceived: {self.trace}\n"
-        return head.encode() + self.content.replace(b"\r\n", b"\n")
+        self.trace = ""  # who brought it, and how; part 2 knows
 
 
 class SMTPHandler(LineHandler):
@@ -202,7 +197,7 @@ class SMTPHandler(LineHandler):
 
     helo, protocol = "", "SMTP"
     envelope: Envelope | None = None
-    path = "<([!-;=?-~]+)>"  # any address: ASCII in brackets, no blanks and no control characters
+    path = "<([!-;=?-~]+)>"  # an address in brackets: all that is visible in ASCII, but for < and >
 
     # CRLF.CRLF ends a message; and LF.LF, if the DATA command ended in LF: somebody is at nc.
     # Trap: take LF.LF from all, and a message can smuggle another one in through a relay that
@@ -250,15 +245,15 @@ class SMTPHandler(LineHandler):
     def read_message(self) -> bytearray:
         """Give the message. The dot that the client put before a line's own is dropped (RFC 5321
         4.5.2). Refused(552): the message is too big; it was read to its end all the same."""
-        newline, text, start = self.newline, self.received, 0
-        limit = self.server.max_size
-        text[:0] = newline  # DATA's own: behind it starts the first line
-        while not (end := self.end_of_message[newline].search(text, start)):
+        newline, start, limit = self.newline, 0, self.server.max_size
+        text = self.received  # not a copy: receive() adds to it
+        text[:0] = newline  # DATA's own: what comes behind it starts a line
+        while not (mark := self.end_of_message[newline].search(text, start)):
             del text[2 * limit : -4]  # too big, even if half of it is dots that will be dropped
             start = max(0, len(text) - 4)  # the mark may come in pieces
             self.receive()
-        self.received = text[end.end() :]
-        del text[text.rindex(b".", 0, end.end()) :]
+        self.received = text[mark.end() :]
+        del text[text.rindex(b".", 0, mark.end()) :]
         self.log("C", ".")
         if newline + b"." in text:  # Trap: a bare LF within a CRLF message starts no line
             text = text.replace(newline + b".", newline)
@@ -304,7 +299,7 @@ class SmallServer(socketserver.ThreadingTCPServer):
     """Waits for clients at an address, a host and a port, and runs a handler for each."""
 
     daemon_threads = True  # clients that are still there don't keep the program from ending
-    allow_reuse_address = os.name != "nt"  # restart at once; on Windows: two servers, one port
+    allow_reuse_address = os.name != "nt"  # no wait at restart; Windows would share the port
     numbers = itertools.count(1)  # for the sessions
     serial = False  # serve one client at a time
     max_size = 10 * 2**20  # octets in a message
@@ -349,7 +344,7 @@ class Manners(LineHandler):
     farewell = ""  # why the server hangs up on this client, once it does
 
     # What a telnet client may say to a telnet server: IAC and a byte, or two if the first is WILL,
-    # WON'T, DO or DON'T, or all from SB to SE (RFC 854). read_line() made byte FF a "\udcff".
+    # WON'T, DO or DON'T, or all from SB to SE (RFC 854). Byte FF is "\udcff" here.
     telnet = re.compile("\udcff(?:[\udcfb-\udcfe].|\udcfa.{,40}?\udcff\udcf0|.)", re.DOTALL)
 
     def setup(self) -> None:
@@ -434,10 +429,12 @@ class ESMTPHandler(Manners, SMTPHandler):
 
     # The grammar of addresses (RFC 5321 4.1.2), where \w is a letter of any alphabet. A route in
     # front, as in <@relay.example:bob@example.com>, is skipped, as the RFC wants it.
-    _atom = r"[\w!#$%&'*+/=?^`{|}~-]+"
-    _local = rf'(?:{_atom}(?:\.{_atom})*|"(?:[\w !#-\[\]-~]|\\[ -~])*")'
-    _label = r"[^\W_]+(?:-+[^\W_]+)*"
-    _domain = rf"(?:{_label}(?:\.{_label})*|\[(?:\d+(?:\.\d+){{3}}|IPv6:[0-9A-F:.]+)\])"
+    _atom = r"[\w!#$%&'*+/=?^`{|}~-]+"  # bob
+    _local = rf'(?:{_atom}(?:\.{_atom})*|"(?:[\w !#-\[\]-~]|\\[ -~])*")'  # ann.lee, "ann lee"
+    _label = r"[^\W_]+(?:-+[^\W_]+)*"  # my-host
+    _domain = (
+        rf"(?:{_label}(?:\.{_label})*|\[(?:\d+(?:\.\d+){{3}}|IPv6:[0-9A-F:.]+)\])"  # [192.0.2.1]
+    )
     path = rf"<(?:@{_domain}(?:,@{_domain})*:)?({_local}@{_domain}|{_atom})>"
 
     utf8 = False  # addresses may have letters beyond ASCII
@@ -758,7 +755,7 @@ class Maildir:
         copies = {self.folder(address): address for address in envelope.recipients}
         try:
             for folder, address in copies.items():
-                self.write(folder, name, envelope.copy_for(address))
+                self.write(folder, name, copy_for(envelope, address))
             for folder in copies:
                 os.rename(os.path.join(folder, "tmp", name), os.path.join(folder, "new", name))
                 sync(os.path.join(folder, "new"))
@@ -781,6 +778,14 @@ class Maildir:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # Trap: until here it is in memory only, and a crash takes it
+
+
+def copy_for(envelope: Envelope, address: str) -> bytes:
+    """Give a message as it lies in a mailbox (RFC 5321 4.4), its lines ended by LF."""
+    head = (
+        f"Return-Path: <{envelope.sender}>\nDelivered-To: {address}\nReceived: {envelope.trace}\n"
+    )
+    return head.encode() + envelope.content.replace(b"\r\n", b"\n")
 
 
 def sync(folder: str) -> None:
@@ -959,7 +964,7 @@ class POP3Handler(Trust, LineHandler):
             while not (self.received or self.farewell or selector.select(0)):
                 self.flush()
                 with suppress(queue.Empty):
-                    message = inbox.get(timeout=0.2).copy_for(self.name)
+                    message = copy_for(inbox.get(timeout=0.2), self.name)
                     self.send_message(message.replace(b"\n", b"\r\n"))
                     self.heard = float("inf")
         self.heard = time.monotonic()

@@ -1416,7 +1416,7 @@ class KeepingTest(DialogueTest):
         self.warnings.clear()
 
     def test_any_failure_to_keep_it_is_a_failure(self) -> None:
-        with unittest.mock.patch.object(Envelope, "copy_for", side_effect=MemoryError):
+        with unittest.mock.patch.object(mailserver, "copy_for", side_effect=MemoryError):
             self.send("bob@example.com", text="C: .\nS: 451 ...\n")
         self.assertEqual(len(self.warnings), 1)
         self.warnings.clear()
