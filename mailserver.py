@@ -286,7 +286,7 @@ class Console:
     def show(self, *lines: str) -> None:
         """Print the lines in one go."""
         with self.lock:
-            print(*lines, sep="\n", flush=True)
+            print("\n".join(lines), flush=True)
 
     def message(self, envelope: Envelope) -> None:
         """Print an accepted message: the envelope, then what was in it."""
@@ -578,11 +578,10 @@ class Trust(Manners):
         self.reply(220, "Ready for TLS")
         self.flush()
         self.received.clear()  # Trap: sent in the clear, so who knows by whom (CVE-2011-0411)
-        self.connection = self.server.tls.wrap_socket(
-            self.connection, server_side=True, do_handshake_on_connect=False
-        )
-        try:
-            self.connection.do_handshake()  # apart from the line above: hang_up() can end it
+        wrap = self.server.tls.wrap_socket
+        try:  # in two steps, so that hang_up() can end the second one
+            self.connection = wrap(self.connection, server_side=True, do_handshake_on_connect=False)
+            self.connection.do_handshake()
         except OSError as error:
             raise EOFError(error) from None
         self.encrypted = True
@@ -782,9 +781,8 @@ class Maildir:
 
 def copy_for(envelope: Envelope, address: str) -> bytes:
     """Give a message as it lies in a mailbox (RFC 5321 4.4), its lines ended by LF."""
-    head = (
-        f"Return-Path: <{envelope.sender}>\nDelivered-To: {address}\nReceived: {envelope.trace}\n"
-    )
+    head = f"Return-Path: <{envelope.sender}>\nDelivered-To: {address}\n"
+    head += f"Received: {envelope.trace}\n"
     return head.encode() + envelope.content.replace(b"\r\n", b"\n")
 
 

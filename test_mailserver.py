@@ -2109,9 +2109,7 @@ class ReadmeTest(DialogueTest):
                 handler=mailserver.POP3Handler, maildir=maildir, mailroom=smtp.mailroom
             )
             before, after = self.dialogues("subscriber")
-            message = ENVELOPE.replace("b@", "bob@").replace("a@", "ann@") + DATA
-            message = message.replace("HELO example.com", "HELO laptop.example")
-            message += "C: Look, it has arrived!\nC: .\nS: 250 Message accepted\n"
+            (message,) = self.dialogues("sender")
             self.server = pop3
             with self.connect() as client:
                 for line in before.splitlines():
