@@ -437,6 +437,7 @@ class ESMTPHandler(Manners, SMTPHandler):
     )
     path = rf"<(?:@{_domain}(?:,@{_domain})*:)?({_local}@{_domain}|{_atom})>"
 
+    host = re.sub("[^A-Za-z0-9.-]", "-", socket.gethostname())
     utf8 = False  # addresses may have letters beyond ASCII
     stray = re.compile(rb"\n(?:HELP|QUIT|RSET|NOOP|DATA|(?:HELO|EHLO|MAIL|RCPT) .*)\s*\Z", re.I)
 
@@ -511,7 +512,8 @@ class ESMTPHandler(Manners, SMTPHandler):
         how = self.protocol
         if how == "ESMTP":  # RFC 3848
             how += ("S" if self.encrypted else "") + ("A" if self.user else "")
-        envelope.trace = f"from {self.helo} ([{self.client_address[0]}]) with {how}"
+        peer = ("IPv6:" if ":" in self.client_address[0] else "") + self.client_address[0]
+        envelope.trace = f"from {self.helo} ([{peer}])\n\tby {self.host} with {how}"
         self.server.mailroom.publish(envelope)
 
     def do_EHLO(self, arg: str) -> None:
@@ -710,7 +712,6 @@ class Maildir:
     A message is written in tmp/ and, when whole, moved to new/. A move happens at once or not at
     all, so nobody ever finds half a message in new/. A mail reader moves what was read to cur/."""
 
-    host = re.sub("[^A-Za-z0-9.-]", "_", socket.gethostname())
     numbers = itertools.count(1)
 
     def __init__(self, root: str) -> None:
@@ -749,8 +750,9 @@ class Maildir:
         from email.utils import formatdate  # takes long, so only when needed
 
         now, fraction = divmod(time.time_ns(), 10**9)
-        name = f"{now}.M{fraction // 1000:06}P{os.getpid()}Q{next(self.numbers)}.{self.host}"
-        envelope.trace += f"\n\tby {self.host} id {name};\n\t{formatdate(localtime=True)}"
+        name = f"{now}.M{fraction // 1000:06}P{os.getpid()}Q{next(self.numbers)}"
+        name += "." + ESMTPHandler.host  # no other message anywhere has this name
+        envelope.trace += f" id {name};\n\t{formatdate(localtime=True)}"
         copies = {self.folder(address): address for address in envelope.recipients}
         try:
             for folder, address in copies.items():

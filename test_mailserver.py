@@ -722,8 +722,10 @@ class LifeTest(DialogueTest):
             self.skipTest("no IPv6 on this machine")
         with server:
             server.start()
-            with Client(server.server_address) as client:
-                self.expect(client, "220 Simple Mail Server")
+            server.mailroom.subscribe(self.inbox.append)
+            with smtplib.SMTP("::1", server.server_address[1]) as client:
+                client.sendmail("a@example.com", "b@example.com", "hello")
+        self.assertIn("([IPv6:::1])", self.inbox[0].trace)
 
 
 class ConsoleTest(DialogueTest):
@@ -1317,8 +1319,8 @@ class KeepingTest(DialogueTest):
         self.assertRegex(
             text.decode(),
             r"^Return-Path: <a@example\.com>\nDelivered-To: ann@example\.com\n"
-            r"Received: from example\.com \(\[127\.0\.0\.1\]\) with SMTP\n"
-            r"\tby \S+ id \S+;\n\t\w{3}, \d\d? \w{3} \d{4} \d\d:\d\d:\d\d [+-]\d{4}\n"
+            r"Received: from example\.com \(\[127\.0\.0\.1\]\)\n"
+            r"\tby \S+ with SMTP id \S+;\n\t\w{3}, \d\d? \w{3} \d{4} \d\d:\d\d:\d\d [+-]\d{4}\n"
             r"Subject: x\n\nhello\n$",
         )
 
