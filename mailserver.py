@@ -141,7 +141,7 @@ class LineHandler(socketserver.StreamRequestHandler):
         """Run the method that the first word names: "time UTC" calls do_TIME("UTC")."""
         verb, _, arg = line.partition(" ")
         command = getattr(self, "do_" + verb.upper(), None)
-        if not command:
+        if not command:  # not refuse(), for which verbs() would be called each time
             raise Refused(500, "Unknown command: send one of " + " ".join(self.verbs()))
         command(arg.strip())
 
@@ -196,7 +196,7 @@ class SMTPHandler(LineHandler):
     Their order is kept by what the session holds: no helo, no MAIL; no envelope, no RCPT."""
 
     helo, protocol = "", "SMTP"
-    envelope: Envelope | None = None
+    envelope: Any = None  # or an Envelope, from MAIL on
     path = "<([!-;=?-~]+)>"  # an address in brackets: all that is visible in ASCII, but for < and >
 
     # CRLF.CRLF ends a message; and LF.LF, if the DATA command ended in LF: somebody is at nc.
@@ -223,8 +223,7 @@ class SMTPHandler(LineHandler):
 
     def do_RCPT(self, arg: str) -> None:
         """RCPT TO:<recipient@example.com> - says who gets it; may be repeated (RFC 5321 4.1.1.3)"""
-        if not self.envelope:
-            raise Refused(503, "Send MAIL FROM before RCPT TO")
+        refuse(not self.envelope, 503, "Send MAIL FROM before RCPT TO")
         recipients = self.envelope.recipients  # 100 at least have to pass: RFC 5321 4.5.3.1.8
         refuse(len(recipients) >= 1000, 452, "Too many recipients: send DATA, then MAIL FROM again")
         recipients.append(self.match("RCPT", "TO: *" + self.path, arg)[1])
@@ -233,8 +232,7 @@ class SMTPHandler(LineHandler):
     def do_DATA(self, arg: str) -> None:
         """DATA - sends the message, up to a line that is a dot (RFC 5321 4.1.1.4)"""
         self.match("DATA", "", arg)
-        if not self.envelope:
-            raise Refused(503, "Send MAIL FROM before DATA")
+        refuse(not self.envelope, 503, "Send MAIL FROM before DATA")
         refuse(not self.envelope.recipients, 503, "Send RCPT TO before DATA")
         self.reply(354, "End data with <CR><LF>.<CR><LF>")
         envelope, self.envelope = self.envelope, None  # accepted or not, it is used up
@@ -463,9 +461,8 @@ class ESMTPHandler(Manners, SMTPHandler):
         refuse(pairs and self.protocol == "SMTP", 555, "No parameters after HELO: send EHLO first")
         refuse(len(dict(pairs)) < len(pairs), 501, "The same parameter twice: send it once")
         for keyword, value in pairs:
-            method = getattr(self, f"{verb.lower()}_{keyword}", None)
-            if not method:
-                raise Refused(555, f"Unknown parameter: send {verb} without it")
+            method: Any = getattr(self, f"{verb.lower()}_{keyword}", None)
+            refuse(not method, 555, f"Unknown parameter: send {verb} without it")
             method(value)
 
     def check_address(self, verb: str, address: str) -> None:
@@ -574,15 +571,16 @@ class Trust(Manners):
     def start_tls(self, verb: str, arg: str) -> None:
         """Go on in TLS. EOFError: the client can't, so the session ends."""
         self.match(verb, "", arg)
-        if not self.server.tls:
-            raise Refused(502, "No TLS here: the server was started without --tls")
+        tls: Any = self.server.tls
+        refuse(not tls, 502, "No TLS here: the server was started without --tls")
         refuse(self.encrypted, 503, "TLS is on already")
         self.reply(220, "Ready for TLS")
         self.flush()
         self.received.clear()  # Trap: sent in the clear, so who knows by whom (CVE-2011-0411)
-        wrap = self.server.tls.wrap_socket
         try:  # in two steps, so that hang_up() can end the second one
-            self.connection = wrap(self.connection, server_side=True, do_handshake_on_connect=False)
+            self.connection = tls.wrap_socket(
+                self.connection, server_side=True, do_handshake_on_connect=False
+            )
             self.connection.do_handshake()
         except OSError as error:
             raise EOFError(error) from None
@@ -642,13 +640,12 @@ class SecureHandler(Trust, ESMTPHandler):
     def do_AUTH(self, arg: str) -> None:
         """AUTH PLAIN|LOGIN [base64] - logs in, with name and password (RFC 4954)"""
         name, _, initial = arg.partition(" ")
-        mechanism = getattr(self, "auth_" + name.upper(), None)
+        mechanism: Any = getattr(self, "auth_" + name.upper(), None)
         refuse(not self.server.users, 502, "No passwords: the server was started without --users")
         refuse(self.server.tls and not self.encrypted, 538, "Send STARTTLS before AUTH")
         late = not self.helo or self.envelope or self.user
         refuse(late, 503, "Send AUTH once, after EHLO and before MAIL FROM")
-        if not mechanism:
-            raise Refused(504, "Send AUTH PLAIN or AUTH LOGIN")
+        refuse(not mechanism, 504, "Send AUTH PLAIN or AUTH LOGIN")
         if self.log_in(*mechanism(initial.strip())):
             self.reply(235, "Welcome")
 
