@@ -955,16 +955,13 @@ class POP3Handler(Trust, LineHandler):
 
     def forward(self, inbox: queue.Queue[Envelope]) -> None:
         """Send what comes in, until the client sends something, or the session is to end."""
-        self.heard = float("inf")  # it may be silent as long as it likes
         with selectors.DefaultSelector() as selector:
             selector.register(self.connection, selectors.EVENT_READ)
             while not (self.received or self.farewell or selector.select(0)):
-                self.flush()
+                self.flush()  # which also counts as hearing from it: it may be silent for long
                 with suppress(queue.Empty):
                     message = copy_for(inbox.get(timeout=0.2), self.name)
                     self.send_message(message.replace(b"\n", b"\r\n"))
-                    self.heard = float("inf")
-        self.heard = time.monotonic()
 
 
 # ==================================================================================================

@@ -1735,7 +1735,7 @@ class POP3Test(TLSTest):
         wait_until(lambda: not self.server.sessions)
 
     def test_stopping_ends_subscriptions(self) -> None:
-        self.server = self.serve(handler=mailserver.POP3Handler, **self.settings, timeout=0.2)
+        self.server = self.serve(handler=mailserver.POP3Handler, **self.settings, timeout=1)
         client, idle = self.open_mailbox(), self.connect()
         self.converse(client, "C: SUBSCRIBE\nS: +OK ...\n")
         self.converse(idle, "S: +OK ...\nS: -ERR Nothing heard...\nS: (closed)\n")
