@@ -1169,10 +1169,10 @@ def read_users(path: str) -> dict[str, str]:
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             name, _, password = line.strip().partition(":")
-            if name and not name.startswith("#"):
+            if line.strip() and not name.startswith("#"):
                 users[name] = password
-                if not password:
-                    raise OSError(f"line {number} of {path} is not name:password")
+                if not name or not password:
+                    raise OSError(f"line {number} is not name:password")
     return users
 
 
@@ -1188,11 +1188,12 @@ def tls_context(cert: str, key: str) -> ssl.SSLContext:
 
 
 def make(flags: str, function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
-    """Call the function; end the program if it fails because of some flags."""
+    """Call the function; end the program if it fails, for which some flags are to blame."""
     try:
         return function(*args, **keywords)
     except (OSError, OverflowError, UnicodeError) as error:
-        sys.exit(f"mailserver: {getattr(error, 'strerror', None) or error}: choose other {flags}")
+        reason = getattr(error, "strerror", None) or error
+        sys.exit(f"mailserver: cannot use {flags}: {reason}; choose another")
 
 
 def announce(servers: list[MailServer]) -> None:
@@ -1219,29 +1220,33 @@ def settings_of(flags: argparse.Namespace) -> dict[str, Any]:
         sys.exit("mailserver: --require-auth needs --users FILE")
     if flags.pop3_port is not None and flags.maildir is None:
         sys.exit("mailserver: --pop3-port needs --maildir DIR")
-    settings = {name: value for name, value in vars(flags).items() if hasattr(MailServer, name)}
+    names = ("serial", "max_size", "max_clients", "timeout", "require_auth")
+    settings: dict[str, Any] = {name: getattr(flags, name) for name in names}
     settings |= {"fail": dict(flags.fail), "lists": dict(flags.list)}
     settings["console"] = None if flags.quiet else Projector()
-    settings["users"] = make("--users", read_users, flags.users) if flags.users is not None else {}
-    settings["tls"] = make("files for --tls", tls_context, *flags.tls) if flags.tls else None
+    if flags.users is not None:
+        settings["users"] = make(f"--users {flags.users}", read_users, flags.users)
     if flags.maildir is not None:
-        settings["maildir"] = make("--maildir", Maildir, flags.maildir)
+        settings["maildir"] = make(f"--maildir {flags.maildir}", Maildir, flags.maildir)
+    if flags.tls:
+        blame = "--tls {} {} (make cert makes a pair)".format(*flags.tls)
+        settings["tls"] = make(blame, tls_context, *flags.tls)
     return settings
 
 
 def main(argv: list[str] | None = None, handler: Any = SecureHandler) -> None:
     """Run the program: read the flags, listen, serve, wait for Ctrl-C or TERM, stop."""
-    flags = read_flags(argv)
-    settings = settings_of(flags)
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stopped.append(number))
-    place, ports = (flags.host, flags.port), "--host or --port"
-    servers = [make(ports, MailServer, place, handler, **settings)]
+    flags = read_flags(argv)
+    settings = settings_of(flags)
+    place, blame = (flags.host, flags.port), f"--host {flags.host} --port {flags.port}"
+    servers = [make(blame, MailServer, place, handler, **settings)]
     if flags.pop3_port is not None:  # twice the patience: RFC 1939 3
         settings |= {"mailroom": servers[0].mailroom, "timeout": 2 * flags.timeout}
-        place, ports = (flags.host, flags.pop3_port), "--host or --pop3-port"
-        servers.append(make(ports, MailServer, place, POP3Handler, **settings))
+        place, blame = (flags.host, flags.pop3_port), f"--pop3-port {flags.pop3_port}"
+        servers.append(make(blame, MailServer, place, POP3Handler, **settings))
     announce(servers)
     for server in servers:
         server.start()

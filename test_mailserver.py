@@ -1977,12 +1977,15 @@ class ProcessTest(unittest.TestCase):
             good, bad = Path(folder, "good"), Path(folder, "bad")
             good.write_text("# who\n\nann:secret\n bob : pass:word \n", encoding="utf-8")
             bad.write_text("ann:secret\nbob\n", encoding="utf-8")
+            nameless = Path(folder, "nameless")
+            nameless.write_text(":secret\n", encoding="utf-8")
             self.assertEqual(
                 mailserver.read_users(str(good)), {"ann": "secret", "bob ": " pass:word"}
             )
             for flags, message in [
                 (["--users", str(bad)], "line 2"),
-                (["--users", folder + "/none"], "--users"),
+                (["--users", folder + "/none"], "none: No such file"),
+                (["--users", str(nameless)], "line 1"),
                 (["--require-auth"], "--users"),
                 (["--pop3-port", "0"], "--maildir"),
                 (["--tls", str(bad), str(bad)], "--tls"),
