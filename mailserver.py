@@ -52,7 +52,7 @@ import threading
 import time
 from contextlib import suppress
 
-TYPE_CHECKING = False  # for type checkers only, which know better; Python need not load these
+TYPE_CHECKING = False  # a type checker takes it for True; Python need not load these
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable
@@ -129,10 +129,10 @@ class LineHandler(socketserver.StreamRequestHandler):
         """Give the next line. CRLF ends it (RFC 5321 2.3.8), or a bare LF: nc sends nothing else.
         Refused(500): it is longer than line_limit."""
         while (end := self.received.find(b"\n") + 1) == 0:
-            del self.received[self.line_limit :]  # Trap: the rest of it must be no command
+            del self.received[self.line_limit :]  # too long already; stay so, and keep no more
             self.receive()
         line = self.received[:end]
-        del self.received[:end]
+        del self.received[:end]  # Trap: first, or its end would pass for the next command
         refuse(end > self.line_limit, 500, f"Line too long: send {self.line_limit} octets at most")
         self.newline = b"\r\n" if line.endswith(b"\r\n") else b"\n"
         return line.decode("utf-8", "surrogateescape").rstrip()  # makes "\udcff" of a lone byte FF
@@ -186,7 +186,7 @@ class Envelope:
     def __init__(self, sender: str, session: int = 0) -> None:
         self.sender, self.session = sender, session
         self.recipients: list[str] = []
-        self.content = bytearray()  # to use as bytes: those would be a second copy of it
+        self.content = bytearray()  # bytes would need a second copy of a large message
         self.trace = ""  # who brought it, and how; part 2 knows
 
 
@@ -224,7 +224,7 @@ class SMTPHandler(LineHandler):
     def do_RCPT(self, arg: str) -> None:
         """RCPT TO:<recipient@example.com> - says who gets it; may be repeated (RFC 5321 4.1.1.3)"""
         refuse(not self.envelope, 503, "Send MAIL FROM before RCPT TO")
-        recipients = self.envelope.recipients  # 100 at least have to pass: RFC 5321 4.5.3.1.8
+        recipients = self.envelope.recipients  # RFC 5321 4.5.3.1.8: take at least 100
         refuse(len(recipients) >= 1000, 452, "Too many recipients: send DATA, then MAIL FROM again")
         recipients.append(self.match("RCPT", "TO: *" + self.path, arg)[1])
         self.reply(250, "OK")
@@ -430,9 +430,8 @@ class ESMTPHandler(Manners, SMTPHandler):
     _atom = r"[\w!#$%&'*+/=?^`{|}~-]+"  # bob
     _local = rf'(?:{_atom}(?:\.{_atom})*|"(?:[\w !#-\[\]-~]|\\[ -~])*")'  # ann.lee, "ann lee"
     _label = r"[^\W_]+(?:-+[^\W_]+)*"  # my-host
-    _domain = (
-        rf"(?:{_label}(?:\.{_label})*|\[(?:\d+(?:\.\d+){{3}}|IPv6:[0-9A-F:.]+)\])"  # [192.0.2.1]
-    )
+    _literal = r"\[(?:\d+(?:\.\d+){3}|IPv6:[0-9A-F:.]+)\]"  # [192.0.2.1]
+    _domain = rf"(?:{_label}(?:\.{_label})*|{_literal})"
     path = rf"<(?:@{_domain}(?:,@{_domain})*:)?({_local}@{_domain}|{_atom})>"
 
     host = re.sub("[^A-Za-z0-9.-]", "-", socket.gethostname())
@@ -891,6 +890,7 @@ class POP3Handler(Trust, LineHandler):
         mine = maildir.locks.setdefault(self.name.lower(), self) is self
         refuse(not mine, 450, "[IN-USE] Another session has the mailbox open: try again later")
         self.is_open, self.all, self.box = True, files, dict(files)
+        self.secret_seen = False
         self.reply(250, f"{len(self.box)} messages")
 
     def do_STAT(self, arg: str) -> None:

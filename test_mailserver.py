@@ -1617,6 +1617,8 @@ class POP3Test(TLSTest):
         )
         self.assertNotIn("secret", "".join(console.lines))
         self.assertIn("C: PASS ********", "".join(console.lines))
+        self.play((user + "C: PASS x\nS: +OK ...\nC: oops\nS: -ERR ...").splitlines())
+        self.assertIn("C: oops", "".join(console.lines))
 
     def test_a_file_that_has_moved(self) -> None:
         self.send()
