@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""A mail server to read in one sitting, and to telnet into. One file, standard library only.
+"""A mail server to read, and to telnet into. One file, standard library only.
 
-Run it with "python mailserver.py", type "telnet 127.0.0.1 2525" in a second terminal, and talk:
+Run "python mailserver.py", type "telnet 127.0.0.1 2525" in a second terminal, and talk:
 
     S: 220 Simple Mail Server
     C: HELO example.com
@@ -18,26 +18,52 @@ Run it with "python mailserver.py", type "telnet 127.0.0.1 2525" in a second ter
     C: QUIT
     S: 221 Bye
 
-C is the client, you; S is the server, this file. That is SMTP, the Simple Mail Transfer Protocol
-(RFC 5321): the client sends a line that starts with a verb, the server answers with a code and a
-text. 2xx is yes, 3xx is "go on", 4xx is "not now", 5xx is "no". The file is a course, of which
-each part only adds to the ones before it; you may stop reading after any of them. Comments that
-start with "Trap:" mark what looks like it could be left out, or done the easy way.
+C is the client, you; S is the server, this file. They speak SMTP (RFC 5321, which is to be read at
+https://www.rfc-editor.org/rfc/rfc5321): to a line that starts with a verb, the server answers with
+a code and a text. 2xx is yes, 3xx "go on", 4xx "not now", 5xx "no". The file is a course; each part
+only adds to those before it, so stop after any. "Trap:" marks a line that looks as if it could be
+left out, or written in an easier way.
 
     1  A small server       lines in, replies out, five commands, a thread for each client
-    2  The whole protocol   people who mistype, the other commands, addresses, extensions
+    2  The whole protocol   the other commands, addresses, extensions
     3  Trust                encryption and passwords
-    4  Keeping mail         publish and subscribe; mail on disk
+    4  Keeping mail         mail on disk; publish and subscribe
     5  Collecting mail      another protocol, POP3, on the same foundation
-    6  Start and stop       the server that runs, what the class sees of it, the command line
+    6  Start and stop       the server that runs, what its console shows, the command line
 
-"RFC 5321 4.5.2" is section 4.5.2 of that standard: https://www.rfc-editor.org/rfc/rfc5321"""
+Python's socketserver supplies the classes in brackets. It listens, and starts a thread for each
+client, in process_request(). In that thread it makes a handler and calls the handler's setup(),
+handle() and finish(). All else is in this file. Each class stands below the one that it extends:
+
+    LineHandler (StreamRequestHandler)   one session: lines in, replies out
+     |- SMTPHandler                      the five commands
+     |   `- ESMTPHandler                 all else that mail clients ask for
+     |       `- SecureHandler            STARTTLS and AUTH
+     `- POP3Handler                      collecting mail
+    Security, in part 3, is a mixin: SecureHandler and POP3Handler have its methods as well
+    SmallServer (ThreadingTCPServer)     accepts clients, gives each a thread, ends them
+     `- MailServer                       the settings of the later parts
+
+The road of one command, from the bytes of "RCPT TO:<bob@example.com>" to those of "250 OK":
+
+    handle       goes from line to line, until one side hangs up
+    read_line    cuts the next line off the bytes that have come
+    receive      waits for bytes
+    dispatch     finds the method of the verb
+    permit       refuses a command that comes too early or too late
+    do_RCPT      is the command
+    read_path    takes the address out of <bob@example.com>
+    reply        answers, and counts errors
+    send_line    adds a line to the bytes that wait to be sent
+    flush        sends them, when receive() is about to wait again"""
 
 from __future__ import annotations
 
 import argparse
 import base64
+import email.policy
 import errno
+import hmac
 import io
 import itertools
 import os
@@ -47,475 +73,610 @@ import selectors
 import signal
 import socket
 import socketserver
+import ssl
 import sys
 import threading
 import time
+import urllib.parse
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
+from email.message import EmailMessage, Message
+from functools import cached_property
+from typing import Any, NoReturn, Protocol, get_type_hints, runtime_checkable
 
-TYPE_CHECKING = False  # a type checker takes it for True; Python need not load these
-if TYPE_CHECKING:
-    import ssl
-    from collections.abc import Callable
-    from typing import Any
-
-__version__ = "1.0"
+__version__ = "2.0"
+ANY_CASE = re.IGNORECASE | re.ASCII  # for commands: upper case is lower case, in ASCII only
 
 # ==================================================================================================
 # PART 1: A SMALL SERVER
-# From the bottom up: LineHandler knows lines and replies, SMTPHandler knows mail, SmallServer gives
-# each client a thread. It runs alone: cut the file at the banner of part 2, and call serve().
+# This part runs alone: cut the file at the banner of part 2, and call serve().
 
 
 class Refused(Exception):
-    """Raise it to say no: Refused(503, "Send HELO first"). 4xx is not now, 5xx never, 421 bye."""
+    """Raised to refuse a command: Refused(503, "Send HELO first"). 421 also ends the session."""
 
 
-def refuse(when: object, code: int, text: str) -> None:
-    """Say no, when there is reason to: refuse(not self.helo, 503, "Send HELO first")."""
-    if when:
+class Gone(Exception):
+    """Raised when the client has hung up, or does not read what it is sent."""
+
+
+def refuse_if(reason: object, code: int, text: str) -> None:
+    """Raise Refused(code, text) if there is a reason to: refuse_if(not helo, 503, "Send HELO")."""
+    if reason:
         raise Refused(code, text)
 
 
-class LineHandler(socketserver.StreamRequestHandler):
-    """One session of any protocol in which the client sends a line and the server answers it.
+@runtime_checkable
+class Console(Protocol):
+    """What shows the dialogues and the mail: any object with this method. This one prints."""
 
-    A command is a method: with a do_TIME(self, arg) there is a command TIME, which its docstring
-    explains, first the syntax. It ends in one reply(), or it raises Refused."""
+    def show(self, *lines: str) -> None:
+        """Show the lines. Neither fail nor take long: a session waits meanwhile."""
+        print("\n".join(lines) + "\n", end="", flush=True)
+
+
+class PlainConsole(Console):
+    """A console that prints."""
+
+
+@dataclass(eq=False, repr=False)
+class SmallServer(socketserver.ThreadingTCPServer):
+    """Listens at an address, and runs a handler for each client, in a thread of its own. The fields
+    are its settings; at first reading, look at these and go on with LineHandler. Raise TypeError,
+    ValueError or OSError for a setting that makes no sense."""
+
+    address: tuple[str, int]  # host and port; port 0 takes one that is free
+    handler: type[LineHandler]
+    serial: bool = False  # serve one client at a time
+    max_size: int = 10 * 2**20  # octets in a message
+    max_clients: int = 1010  # at the same time
+    timeout: float | int = 300  # seconds to wait for a client (RFC 5321 4.5.3.2.7)
+    grace: float | int = 2  # seconds that stop() waits for the sessions
+    fail: dict[str, int] = field(default_factory=dict)  # commands to refuse: {"RCPT": 450}
+    console: Console | None = None  # None: nobody watches
+
+    daemon_threads = True  # the program may end while clients are connected
+    allow_reuse_address = os.name != "nt"  # no wait at restart; Windows would share the port
+    request_queue_size = 1024  # clients that wait to be accepted; one more tries for seconds
+    numbers = itertools.count(1)  # for the sessions
+
+    def __post_init__(self) -> None:
+        """Check the settings, then listen."""
+        for name, declared in get_type_hints(type(self)).items():
+            if not isinstance(getattr(self, name), getattr(declared, "__origin__", declared)):
+                raise TypeError(f"{name}={getattr(self, name)!r} is not of type {declared}")
+        self.check_settings()
+        self.sessions: set[LineHandler] = set()
+        self.stopping = ""  # why all sessions are to end, once stop() was called
+        self.loop: threading.Thread | None = None  # the one that runs serve_forever()
+        self.address_family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
+        super().__init__(self.address, self.handler)
+        self.host, self.port = str(self.server_address[0]), int(self.server_address[1])
+
+    def check_settings(self) -> None:
+        """Raise ValueError for a value that makes no sense."""
+        if not 0 <= self.address[1] <= 65535:
+            raise OSError(errno.EADDRNOTAVAIL, "A port is a number in 0-65535")
+        for name in ("max_size", "max_clients", "timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} is not above 0")
+        for verb, code in self.fail.items():
+            if not hasattr(self.handler, "do_" + verb) or code not in range(400, 600):
+                raise ValueError(f"fail {verb}={code} is not a command and a code from 400 to 599")
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a client that has connected: in a thread, or right here if serial."""
+        if self.stopping:
+            self.shutdown_request(request)
+        elif self.serial:
+            self.process_request_thread(request, client_address)  # the next client has to wait
+        else:
+            super().process_request(request, client_address)
+
+    def serve_forever(self, poll_interval: float = 0) -> None:
+        """Serve clients until stop() is called. We need no poll_interval."""
+        self.loop = threading.current_thread()
+        while not self.stopping:
+            try:
+                self.process_request(*self.get_request())
+            except OSError:  # no file descriptor is left: clients have to wait
+                time.sleep(0.1)
+            except RuntimeError:  # no thread is left: this client has to go
+                self.handle_error(None, None)
+
+    def start(self) -> None:
+        """Call serve_forever() in a thread of its own; return at once."""
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say in one line what failed outside of handle(); socketserver prints a traceback."""
+        warn(f"session failed: {sys.exc_info()[1]!r}")
+
+    def describe(self, envelope: Envelope) -> list[str]:
+        """Hook: return the lines in which the console shows a message."""
+        text = envelope.content.decode("utf-8", "backslashreplace").splitlines()
+        return [f"from {envelope.sender} to {envelope.recipients}", *(f"| {line}" for line in text)]
+
+    # A session ends when a command replies 221 or 421, after 20 errors (reply), when the client is
+    # gone or silent (receive) or reads nothing (flush), after a failure of ours (handle), and by a
+    # farewell: setup() sets it for one client too many, stop() for all. Then read_line() or
+    # receive() raises Refused(421) with it: only a session's own thread writes to its client.
+
+    def stop(self) -> None:
+        """Send 421 to all clients and free the port. A session's own thread may call this, too."""
+        self.stopping = "The server is stopping: try again later"
+        self.wait_for_sessions(0.05)  # a client may be about to say QUIT
+        for session in list(self.sessions):
+            session.hang_up(self.stopping)
+        for session in self.wait_for_sessions(self.grace):
+            session.cut()
+        with suppress(OSError):  # be a client, to wake serve_forever()
+            socket.create_connection((self.host, self.port), timeout=1).close()
+        if self.loop and self.loop != threading.current_thread():
+            self.loop.join(self.grace)
+        self.server_close()
+
+    def wait_for_sessions(self, seconds: float) -> set[LineHandler]:
+        """Wait until no session is left but the one that calls this. Return those that are."""
+        own = {each for each in list(self.sessions) if each.thread == threading.current_thread()}
+        deadline = time.monotonic() + seconds
+        while (others := self.sessions - own) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        return others
+
+    def __exit__(self, *exception: object) -> None:
+        """Stop at the end of a with block."""
+        self.stop()
+
+
+class LineHandler(socketserver.StreamRequestHandler):
+    """One session of any protocol in which the client sends a line and the server answers it. A
+    command is a method: do_TIME(self, arg) is the command TIME. Its docstring is the syntax, " - "
+    and what it does; it calls reply() or raises Refused. A later class may replace a "Hook:". At
+    first reading, skip what is behind do_QUIT(): how bytes become lines."""
 
     server: SmallServer
     line_limit = 512  # octets, line end included (RFC 5321 4.5.3.1.4)
     disable_nagle_algorithm = True  # send a reply at once: no more will come to fill the packet
-    rbufsize = 0  # no buffer in socketserver, since there is one here
+    rbufsize = 0  # no buffer in socketserver, since self.received is one
+    unknown_verb = 500  # the code for it
     newline = b"\r\n"  # how the client's last line ended
-    code = 0  # of the last reply
+    user, encrypted = "", False  # who has logged in, and whether TLS is on: for part 3
+    code = errors = 0  # the code of the last reply; how many were 500 or more
+    pasted = 0.0  # when a line with "C:" in front came last, in seconds
 
     def setup(self) -> None:
-        """Prepare a session; socketserver calls setup(), handle() and finish(), in this order."""
+        """Prepare the session, and find out whether the client can stay."""
         super().setup()
-        self.number = next(self.server.numbers)
-        self.received = bytearray()  # from the client, and not used yet
-        self.unsent = bytearray()  # replies that wait to be sent
+        self.connection.settimeout(min(self.server.timeout, 10**6))
+        self.received, self.unsent = bytearray(), bytearray()  # from the client; for the client
+        self.thread, self.number = threading.current_thread(), next(self.server.numbers)
+        self.mark = f"[{self.number}]"  # in front of all that the console shows of the session
+        self.server.sessions.add(self)
+        too_many = len(self.server.sessions) > self.server.max_clients
+        self.farewell = "Too many clients: try again later" if too_many else self.server.stopping
+        self.log("-: ", f"connected from {self.client_address[0]}")
 
     def handle(self) -> None:
         """Greet the client, then answer line after line until one side hangs up."""
         try:
-            self.reply(220, "Simple Mail Server")
-            while self.code not in (221, 421):  # the replies that promise to hang up
+            self.reply(421 if self.farewell else 220, self.farewell or "Simple Mail Server")
+            while self.code not in (221, 421):  # the replies that announce the end
                 try:
-                    line = self.read_line()
-                    self.log("C", line)
-                    self.dispatch(line)
+                    self.dispatch(self.read_line())
                 except Refused as refusal:
                     self.reply(*refusal.args)
             self.flush()
-        except (EOFError, OSError) as error:
-            self.log("-", f"gone without QUIT {error}")
+        except Gone as gone:
+            where = "in the middle of a message: dropped" if self.code == 354 else "without QUIT"
+            self.log("-: ", f"gone {where} {gone}".rstrip())
+        except Exception as error:  # nobody knows where in the dialogue we are, so hang up
+            warn(f"session {self.number} failed: {error!r}")
+            with suppress(Gone):
+                self.reply(421, "The server failed at this: try again later")
+                self.flush()
 
-    def receive(self) -> None:
-        """Wait for more bytes from the client. EOFError: it has hung up."""
-        self.flush()  # and not sooner: ten commands in one packet get ten replies in one packet
-        data = self.connection.recv(64 * 1024)
-        if not data:
-            raise EOFError
-        self.received += data
-
-    def flush(self) -> None:
-        """Send the replies that wait. OSError, here and in receive(): the connection broke."""
-        if self.unsent:
-            self.connection.sendall(self.unsent)
-            self.unsent.clear()
-
-    def read_line(self) -> str:
-        """Give the next line. CRLF ends it (RFC 5321 2.3.8), or a bare LF: nc sends nothing else.
-        Refused(500): it is longer than line_limit."""
-        while (end := self.received.find(b"\n") + 1) == 0:
-            del self.received[self.line_limit :]  # too long already; stay so, and keep no more
-            self.receive()
-        line = self.received[:end]
-        del self.received[:end]  # Trap: first, or its end would pass for the next command
-        refuse(end > self.line_limit, 500, f"Line too long: send {self.line_limit} octets at most")
-        self.newline = b"\r\n" if line.endswith(b"\r\n") else b"\n"
-        return line.decode("utf-8", "surrogateescape").rstrip()  # makes "\udcff" of a lone byte FF
+    def finish(self) -> None:
+        """Forget the session."""
+        super().finish()
+        self.server.sessions.discard(self)
 
     def dispatch(self, line: str) -> None:
-        """Run the method that the first word names: "time UTC" calls do_TIME("UTC")."""
+        """Run a command: "time UTC" calls do_TIME("UTC"). Raise Refused, or RuntimeError."""
         verb, _, arg = line.partition(" ")
-        command = getattr(self, "do_" + verb.upper(), None)
-        if not command:  # not refuse(), for which verbs() would be called each time
-            raise Refused(500, "Unknown command: send one of " + " ".join(self.verbs()))
+        verb = verb.upper() if verb.isascii() else ""
+        web = verb in ("GET", "POST", "CONNECT")  # a web page can have your browser connect to us
+        refuse_if(web, 421, "This is a mail server: take your browser elsewhere")
+        if verb in ("C:", "S:"):  # a pasted dialogue gets one answer, not one for each line
+            last, self.pasted = self.pasted, time.monotonic()
+            return refuse_if(self.pasted - last > 1, 500, 'Leave out the "C: ", send what follows')
+        command = getattr(self, "do_" + verb, None)
+        if not command:
+            raise Refused(self.unknown_verb, "Unknown verb: try " + " ".join(self.verbs()))
+        self.permit(verb)
+        self.code = 0
         command(arg.strip())
+        if self.code // 100 in (0, 3):  # 354 is only the first half of an answer
+            raise RuntimeError(f"do_{verb} sent no reply")
+
+    def permit(self, verb: str) -> None:
+        """Hook: raise Refused if a command does not fit the state of the session."""
+        if verb in self.server.fail:
+            raise Refused(self.server.fail[verb], "Refused on purpose, as --fail says")
 
     def verbs(self) -> list[str]:
-        """Give the verbs of all commands."""
-        return [name[3:] for name in dir(self) if name.startswith("do_")]
+        """Return the verbs of the commands that fit the state of the session."""
+        verbs = []
+        for verb in (name[3:] for name in dir(self) if name.startswith("do_")):
+            with suppress(Refused):
+                self.permit(verb)
+                verbs.append(verb)
+        return verbs
 
     def match(self, verb: str, pattern: str, arg: str) -> re.Match[str]:
-        """Take a command's argument apart. Refused(501): it does not fit the pattern."""
-        if match := re.fullmatch(pattern, arg, re.IGNORECASE):
+        """Match a whole argument with a pattern, in any case. Raise Refused(501): the syntax."""
+        if match := re.fullmatch(pattern, arg, ANY_CASE):
             return match
-        raise Refused(501, "Syntax: " + self.explain(verb))
+        raise Refused(501, "Syntax: " + self.explain(verb).partition(" - ")[0])
 
     def explain(self, verb: str) -> str:
-        """Give the first line of a command's docstring, if python -OO has left it there."""
-        return (getattr(self, "do_" + verb).__doc__ or verb).partition("\n")[0]
+        """Return the docstring of a command, or its verb: python -OO leaves docstrings out."""
+        return getattr(self, "do_" + verb).__doc__ or verb
 
     def reply(self, code: int, *lines: str) -> None:
-        """Answer with a line or more; "-" behind the code says: more to come (RFC 5321 4.2.1)."""
-        for n, line in enumerate(lines, 1):
-            self.send_line(f"{code}{' ' if n == len(lines) else '-'}{line}")
+        """Answer with a code and one line or more. Hang up after 20 errors."""
+        for line in self.format_reply(code, *lines):
+            self.send_line(line)
         self.code = code
+        self.errors += code >= 500
+        if code >= 500 and self.errors >= 20:
+            self.reply(421, "Too many errors: read up on them, then come back")
+
+    def format_reply(self, code: int, *lines: str) -> list[str]:
+        """Hook: return the lines of a reply. "-" says that another follows (RFC 5321 4.2.1)."""
+        return [f"{code}-{line}" for line in lines[:-1]] + [f"{code} {lines[-1]}"]
 
     def send_line(self, line: str) -> None:
-        """Send a line. Trap: a CR or LF inside would make it two, so none is let through."""
-        line = line.replace("\r", " ").replace("\n", " ")
-        self.log("S", line)
-        self.unsent += line.encode() + b"\r\n"
+        """Add a line to those that flush() sends; when they are many, send them."""
+        line = line.replace("\r", " ").replace("\n", " ")  # Trap: they would start a second reply
+        self.log("S: ", line)
+        self.unsent += line.encode("utf-8", "backslashreplace") + b"\r\n"
+        if len(self.unsent) > 64 * 1024:
+            self.flush()
 
-    def log(self, who: str, text: str) -> None:
-        """Show a line on the console: who is "C" or "S", or "-" for a remark."""
+    def log(self, who: str, *lines: str) -> None:
+        """Show lines on the console: who is "C: " or "S: ", or "-: " for a remark of ours."""
         if self.server.console:
-            text += "<LF>" if who == "C" and self.newline == b"\n" else ""
-            self.server.console.show(f"[{self.number}] {who}: {printable(text)}")
+            if who == "C: ":
+                lines = (self.conceal(lines[0][:500]) + "<LF>" * (self.newline == b"\n"),)
+            self.server.console.show(*(f"{self.mark} {who}{printable(line)}" for line in lines))
 
+    def conceal(self, line: str) -> str:
+        """Hook: return a client's line as the console may show it, without a password."""
+        return line
 
-class Envelope:
-    """A message and where it goes. As on paper, what the letter says of that does not count.
+    def name_session(self, name: str) -> None:
+        """Put a name into the mark: the first word of a domain or an address, 12 letters of it."""
+        self.mark = f"[{self.number} {re.sub('[^A-Za-z0-9_-].*', '', name)[:12] or '?'}]"
 
-    sender: the reverse-path, where it bounces to; "" is nowhere (RFC 5321 4.5.5)."""
-
-    def __init__(self, sender: str, session: int = 0) -> None:
-        self.sender, self.session = sender, session
-        self.recipients: list[str] = []
-        self.content = bytearray()  # bytes would need a second copy of a large message
-        self.trace = ""  # who brought it, and how; part 2 knows
-
-
-class SMTPHandler(LineHandler):
-    """The five commands that bring a message, as in the dialogue at the top of this file.
-
-    Their order is kept by what the session holds: no helo, no MAIL; no envelope, no RCPT."""
-
-    helo, protocol = "", "SMTP"
-    envelope: Any = None  # or an Envelope, from MAIL on
-    path = "<([!-;=?-~]+)>"  # an address in brackets: all that is visible in ASCII, but for < and >
-
-    # CRLF.CRLF ends a message; and LF.LF, if the DATA command ended in LF: somebody is at nc.
-    # Trap: take LF.LF from all, and a message can smuggle another one in through a relay that
-    # forwards it unread (CVE-2023-51764). A relay ends its DATA command in CRLF.
-    end_of_message = {
-        b"\r\n": re.compile(rb"\r\n\.\r\n"),
-        b"\n": re.compile(rb"\r\n\.\r\n|\n\.\n"),
-    }
-
-    def do_HELO(self, arg: str) -> None:
-        """HELO your-domain.example - says who you are, and starts afresh (RFC 5321 4.1.1.1)"""
-        self.helo, self.envelope = self.match("HELO", "[!-~]{1,255}", arg)[0], None
-        self.protocol = "SMTP"
-        self.reply(250, "Hello")
-
-    def do_MAIL(self, arg: str) -> None:
-        """MAIL FROM:<sender@example.com> - opens an envelope; bounces go there (RFC 5321 3.3)"""
-        refuse(not self.helo, 503, "Send HELO before MAIL FROM")
-        refuse(self.envelope, 503, "Send RCPT TO and DATA before another MAIL FROM")
-        match = self.match("MAIL", f"FROM: *(?:<>|{self.path})", arg)
-        self.envelope = Envelope(match[1] or "", self.number)
+    def do_NOOP(self, arg: str) -> None:
+        """NOOP [anything] - does nothing, and says so (RFC 5321 4.1.1.9)"""
         self.reply(250, "OK")
-
-    def do_RCPT(self, arg: str) -> None:
-        """RCPT TO:<recipient@example.com> - says who gets it; may be repeated (RFC 5321 4.1.1.3)"""
-        refuse(not self.envelope, 503, "Send MAIL FROM before RCPT TO")
-        recipients = self.envelope.recipients  # RFC 5321 4.5.3.1.8: take at least 100
-        refuse(len(recipients) >= 1000, 452, "Too many recipients: send DATA, then MAIL FROM again")
-        recipients.append(self.match("RCPT", "TO: *" + self.path, arg)[1])
-        self.reply(250, "OK")
-
-    def do_DATA(self, arg: str) -> None:
-        """DATA - sends the message, up to a line that is a dot (RFC 5321 4.1.1.4)"""
-        self.match("DATA", "", arg)
-        refuse(not self.envelope, 503, "Send MAIL FROM before DATA")
-        refuse(not self.envelope.recipients, 503, "Send RCPT TO before DATA")
-        self.reply(354, "End data with <CR><LF>.<CR><LF>")
-        envelope, self.envelope = self.envelope, None  # accepted or not, it is used up
-        envelope.content = self.read_message()
-        self.deliver(envelope)
-        self.reply(250, "Message accepted")
-
-    def read_message(self) -> bytearray:
-        """Give the message. The dot that the client put before a line's own is dropped (RFC 5321
-        4.5.2). Refused(552): the message is too big; it was read to its end all the same."""
-        newline, start, limit = self.newline, 0, self.server.max_size
-        text = self.received  # not a copy: receive() adds to it
-        text[:0] = newline  # DATA's own: what comes behind it starts a line
-        while not (mark := self.end_of_message[newline].search(text, start)):
-            del text[2 * limit : -4]  # too big, even if half of it is dots that will be dropped
-            start = max(0, len(text) - 4)  # the mark may come in pieces
-            self.receive()
-        self.received = text[mark.end() :]
-        del text[text.rindex(b".", 0, mark.end()) :]
-        self.log("C", ".")
-        if newline + b"." in text:  # Trap: a bare LF within a CRLF message starts no line
-            text = text.replace(newline + b".", newline)
-        del text[: len(newline)]
-        refuse(len(text) > limit, 552, f"Message too big: send {limit} octets at most")
-        return text
-
-    def deliver(self, envelope: Envelope) -> None:
-        """Take an accepted message: here, print it."""
-        if self.server.console:
-            self.server.console.message(envelope)
 
     def do_QUIT(self, arg: str) -> None:
         """QUIT - ends the session (RFC 5321 4.1.1.10)"""
         self.match("QUIT", "", arg)
         self.reply(221, "Bye")
 
+    def read_line(self) -> str:
+        """Return the next line, without its end: CRLF (RFC 5321 2.3.8), a bare LF, as nc sends, or
+        CR NUL, as telnet may (RFC 854). Raise Refused(500) if the line is too long."""
+        refuse_if(self.farewell, 421, self.farewell)
+        while not (end := re.search(rb"\n|\r\0", self.received)):
+            del self.received[self.line_limit + 1 :]  # just enough to know that it is too long
+            self.receive()
+        line = self.received[: end.end()]
+        del self.received[: end.end()]  # Trap: before refusing, or this line comes again
+        self.newline = b"\r\n" if line.endswith((b"\r\n", b"\r\0")) else b"\n"
+        text = line.decode("utf-8", "surrogateescape").rstrip(" \t\r\n\0")
+        if not text.isprintable():  # typed by hand: do what backspace, DEL and telnet's codes mean
+            typed = re.sub("\udcff(?:[\udcfb-\udcfe].|\udcfa.{,40}?\udcff\udcf0|.)", "", text)
+            text = ""
+            for char in typed:
+                text = text[:-1] if char in "\b\x7f" else text + char
+        self.log("C: ", text)
+        refuse_if(
+            len(line) > self.line_limit, 500, f"Line too long: {self.line_limit} octets at most"
+        )
+        return text
+
+    def receive(self) -> None:
+        """Send the replies, then wait for bytes. Raise Gone, or Refused(421) to end the session."""
+        self.flush()  # not sooner: ten commands in one packet get ten replies in one packet
+        try:
+            data = self.connection.recv(64 * 1024)
+        except TimeoutError:
+            raise Refused(421, "Nothing heard for too long") from None
+        except OSError:
+            data = b""  # a connection that breaks is as good as one that ends
+        refuse_if(self.farewell, 421, self.farewell)
+        if not data:
+            raise Gone
+        self.received += data
+        asked = -1 if self.code == 354 else self.received.find(b"\xff\xfd\x06")
+        if (
+            asked >= 0 and b"\n" not in self.received[:asked]
+        ):  # telnet asks DO TIMING-MARK at Ctrl-C;
+            self.received[asked : asked + 3] = (
+                b""  # without the answer, WONT TIMING-MARK (RFC 860),
+            )
+            self.unsent += b"\xff\xfc\x06"  # it would hide all replies
+        tls = self.received.startswith(b"\x16\x03")  # how a TLS handshake starts (RFC 8446 5.1)
+        refuse_if(tls, 421, "Not TLS from the first byte: connect plainly, then send STARTTLS")
+
+    def flush(self) -> None:
+        """Send the replies. Raise Gone if the connection breaks, or the client reads nothing."""
+        try:
+            while self.unsent:
+                del self.unsent[: self.connection.send(self.unsent[: 64 * 1024])]
+        except OSError as error:
+            if isinstance(error, TimeoutError):
+                raise Gone("(cut off: it read nothing for too long)") from None
+            raise Gone(self.farewell) from None
+
+    def hang_up(self, farewell: str) -> None:
+        """End the session, from another thread: wake receive(), which will raise Refused(421)."""
+        self.farewell = farewell
+        self.cut(socket.SHUT_RD)
+
+    def cut(self, how: int = socket.SHUT_RDWR) -> None:
+        """Break the connection, from another thread; with SHUT_RD, only what the client sends."""
+        with suppress(OSError):  # the client has left already
+            # Trap: an SSLSocket's own shutdown() ends TLS, and the 421 could not be sent
+            socket.socket.shutdown(self.connection, how)
+
 
 def printable(text: str) -> str:
-    """Escape what could drive the terminal: a client may send what clears it, or types into it."""
-    escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return text if text.isprintable() else "".join(escaped)
+    """Return 500 characters of text, escaping what could clear a terminal, or type into it."""
+    text = text[:500].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)[:500]
 
 
-class Console:
-    """Prints what happens. Its lock keeps the lines of two threads apart."""
-
-    lock = threading.Lock()
-
-    def show(self, *lines: str) -> None:
-        """Print the lines in one go."""
-        with self.lock:
-            print("\n".join(lines), flush=True)
-
-    def message(self, envelope: Envelope) -> None:
-        """Print an accepted message: the envelope, then what was in it."""
-        to = [f"to <{address}>" for address in envelope.recipients]
-        text = envelope.content.decode("utf-8", "backslashreplace").splitlines()
-        self.show(*map(printable, ["----", f"from <{envelope.sender}>", *to, "", *text, "----"]))
+def warn(text: str) -> None:
+    """Tell the person who runs the server, on stderr; do nothing if stderr is closed or full."""
+    try:
+        sys.stderr.write(f"mailserver: {printable(text)}\n")
+    except (AttributeError, OSError, ValueError):
+        sys.stderr = None  # else Python would fail once more, when it ends
 
 
-class SmallServer(socketserver.ThreadingTCPServer):
-    """Waits for clients at an address, a host and a port, and runs a handler for each."""
+@dataclass(repr=False)
+class Envelope:
+    """A message, and who it is from and for. Delivery ignores the From: and To: in the message."""
 
-    daemon_threads = True  # clients that are still there don't keep the program from ending
-    allow_reuse_address = os.name != "nt"  # no wait at restart; Windows would share the port
-    numbers = itertools.count(1)  # for the sessions
-    serial = False  # serve one client at a time
-    max_size = 10 * 2**20  # octets in a message
-    console: Console | None = None  # None prints nothing
+    sender: str  # the reverse-path: where it bounces to; "" is nowhere (RFC 5321 4.5.5)
+    recipients: list[str] = field(default_factory=list)
+    content: bytearray = field(default_factory=bytearray)  # the message, as it came
+    session: int = 0  # its number
+    helo: str = ""  # what the client calls itself
+    peer: str = ""  # its IP address
+    user: str = ""  # who has logged in
+    trace: str = ""  # what the Received: header says (RFC 5321 4.4)
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a client that has connected: right here, or in a thread of its own."""
-        if self.serial:
-            self.process_request_thread(request, client_address)  # the next client has to wait
-        else:
-            super().process_request(request, client_address)
+    def __repr__(self) -> str:
+        """Return what helps when a test fails."""
+        return f"<Envelope {self.sender!r} to {self.recipients}: {bytes(self.content[:60])!r}...>"
+
+    @cached_property
+    def message(self) -> EmailMessage:
+        """Return the content, parsed."""
+        return email.message_from_bytes(self.content, policy=email.policy.default)
+
+
+class SMTPHandler(LineHandler):
+    """The five commands that bring a message, as in the dialogue at the top of this file."""
+
+    helo, protocol = "", "SMTP"
+    envelope: Envelope | None = None  # from MAIL to DATA
+    paths = {"MAIL": "FROM: *<([!-;=?-~]*)>", "RCPT": "TO: *<([!-;=?-~]+)>"}
+
+    # CRLF.CRLF ends a message; LF.LF does if DATA ended in LF: a person at nc. Trap: if LF.LF ended
+    # all, one message could smuggle in another through a relay, which sends CRLF (CVE-2023-51764).
+    end_of_message = {b"\r\n": re.compile(rb"\r\n\.\r\n"), b"\n": re.compile(rb"\r\n\.\r\n|\n\.\n")}
+    # A last line that was meant to end the message, but does not: a command, or a dot and a blank.
+    stray = rb"(?i)\n(HELP|QUIT|RSET|NOOP|DATA|(?:HELO|EHLO|MAIL|RCPT) [^\r]*|\. +)\r?\n\Z"
+
+    def permit(self, verb: str) -> None:
+        """Refuse a command that comes too early or too late (RFC 5321 4.1.4)."""
+        super().permit(verb)
+        refuse_if(verb == "MAIL" and not self.helo, 503, "Send HELO before MAIL FROM")
+        refuse_if(verb == "MAIL" and self.envelope, 503, "Send RCPT TO and DATA, or RSET, first")
+        refuse_if(verb == "RCPT" and not self.envelope, 503, "Send MAIL FROM before RCPT TO")
+        refuse_if(verb == "DATA" and not self.envelope, 503, "Send MAIL FROM before DATA")
+        nobody = self.envelope and not self.envelope.recipients
+        refuse_if(verb == "DATA" and nobody, 503, "Send RCPT TO before DATA")
+
+    def do_HELO(self, arg: str) -> None:
+        """HELO your-domain.example - says who you are, and starts afresh (RFC 5321 4.1.1.1)"""
+        self.introduce("HELO", arg)
+        self.reply(250, "Hello")
+
+    def introduce(self, verb: str, arg: str) -> None:
+        """Note who the client is. Drop a message that is under way."""
+        self.helo = self.match(verb, "[!-~]{1,255}", arg)[0]
+        self.protocol = "SMTP" if verb == "HELO" else "ESMTP"
+        self.envelope = None
+        self.name_session(self.helo)
+
+    def do_MAIL(self, arg: str) -> None:
+        """MAIL FROM:<sender@example.com> - opens an envelope; bounces go there (RFC 5321 3.3)"""
+        sender, peer = self.read_path("MAIL", arg), self.client_address[0]
+        self.envelope = Envelope(sender, [], bytearray(), self.number, self.helo, peer, self.user)
+        self.reply(250, "OK")
+
+    def do_RCPT(self, arg: str) -> None:
+        """RCPT TO:<recipient@example.com> - adds a recipient; may be repeated (RFC 5321 4.1.1.3)"""
+        assert self.envelope  # permit() has looked
+        too_many = len(self.envelope.recipients) >= 1000  # RFC 5321 4.5.3.1.8: at least 100
+        refuse_if(too_many, 452, "Too many recipients: send DATA, then MAIL FROM again")
+        self.envelope.recipients.append(self.read_path("RCPT", arg))
+        self.reply(250, "OK")
+
+    def read_path(self, verb: str, arg: str) -> str:
+        """Hook: return the address in FROM:<address> or TO:<address>."""
+        return self.match(verb, self.paths[verb], arg)[1]
+
+    def do_DATA(self, arg: str) -> None:
+        """DATA - sends the message, up to a line that is a dot (RFC 5321 4.1.1.4)"""
+        self.match("DATA", "", arg)
+        assert self.envelope  # permit() has looked
+        self.reply(354, "End data with <CR><LF>.<CR><LF>")
+        envelope, self.envelope = self.envelope, None  # accepted or not, it is used up
+        envelope.content = self.read_message()
+        self.deliver(envelope)
+        self.reply(250, "Message accepted")
+
+    def deliver(self, envelope: Envelope) -> None:
+        """Hook: take a message, before the 250. Raise Refused if that can't be."""
+        if self.server.console:
+            self.log("", *self.server.describe(envelope))
+
+    def read_message(self) -> bytearray:
+        """Return the message up to the dot, with dot-stuffing undone: "..x" is ".x" (RFC 5321
+        4.5.2). Raise Refused(552) if it is too big, after reading all of it."""
+        newline, limit, searched = self.newline, self.server.max_size, 0
+        self.received[:0] = newline  # DATA's line end: a dot right behind it ends the message
+        while not (end := self.end_of_message[newline].search(self.received, searched)):
+            if self.server.console and self.received.endswith((b"\n", b"\r\0")):
+                self.remark_on(self.received[self.received.rfind(b"\n", 0, -1) :][:400])
+            del self.received[2 * limit : -4]  # too big, dots or not; keep where the end may start
+            searched = max(0, len(self.received) - 4)  # the end may come in pieces
+            self.receive()
+        content, self.received = self.received, self.received[end.end() :]
+        del content[content.rindex(b".", 0, end.end()) :]
+        if newline + b"." in content:  # Trap: not b"\n.": in a CRLF message, LF starts no line
+            content = content.replace(newline + b".", newline)
+        del content[: len(newline)]
+        self.log("C: ", ".")
+        refuse_if(len(content) > limit, 552, f"Message too big: send {limit} octets at most")
+        return content
+
+    def remark_on(self, last_line: bytearray) -> None:
+        """Say on the console what was meant to end the message, or a line of it, but does not."""
+        if stray := re.match(self.stray, last_line):
+            line = stray[1].decode("utf-8", "surrogateescape")
+            self.log("-: ", f'"{line}" went into the message, which a line with only a dot ends')
+        if re.search(rb"\r[^\n]", last_line):
+            self.log("-: ", "a CR without LF went into the message, and ends no line")
 
 
 def serve(port: int = 2525, serial: bool = False) -> None:
     """Run the small server until Ctrl-C."""
-    with SmallServer(("127.0.0.1", port), SMTPHandler) as server, suppress(KeyboardInterrupt):
-        server.serial, server.console = serial, Console()
-        print("Listening on port", server.server_address[1], flush=True)
-        server.serve_forever()
+    with SmallServer(("127.0.0.1", port), SMTPHandler, serial, console=PlainConsole()) as server:
+        print("Listening on port", server.port, flush=True)
+        server.start()
+        with suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(1)
 
 
 # ==================================================================================================
 # PART 2: THE WHOLE PROTOCOL
-# First what any server needs once people connect to it: they mistype, stay for ever, or are no
-# people at all. Then the rest of SMTP: its other commands, addresses as they are, extensions.
+# The other commands, addresses, extensions. From here on, handlers need a MailServer (part 6).
 
 
-def warn(text: str) -> None:
-    """Tell the person who runs the server."""
-    print("mailserver:", printable(text), file=sys.stderr, flush=True)
-
-
-class Manners(LineHandler):
-    """A mixin: name it before a LineHandler, and the session gets patience, and an end. It needs a
-    MailServer, from part 6, as do all handlers from here on."""
-
-    server: MailServer
-    encrypted, user = False, ""  # part 3 sets them
-    errors = 0
-    full = b"421 Too many clients: try again later\r\n"
-    stopped = "The server is stopping: try again later"
-    farewell = ""  # why the server hangs up on this client, once it does
-
-    # What a telnet client may say to a telnet server: IAC and a byte, or two if the first is WILL,
-    # WON'T, DO or DON'T, or all from SB to SE (RFC 854). Byte FF is "\udcff" here.
-    telnet = re.compile("\udcff(?:[\udcfb-\udcfe].|\udcfa.{,40}?\udcff\udcf0|.)", re.DOTALL)
-
-    def setup(self) -> None:
-        """Prepare a session that the server knows of, and can end."""
-        super().setup()
-        self.heard = time.monotonic()  # when the client last sent something
-        self.server.sessions.add(self)
-        if self.server.stopping.is_set():  # and all others have been told
-            self.farewell = self.stopped
-        self.log("-", f"connected from {self.client_address[0]}")
-
-    def finish(self) -> None:
-        """Let the server forget the session."""
-        self.server.sessions.discard(self)
-        super().finish()
-        self.connection.close()  # with TLS, not the socket that socketserver knows and closes
-
-    def hang_up(self, farewell: str) -> None:
-        """End the session, from another thread: its next receive() fails, then it says farewell.
-
-        Only a session's own thread writes to its client: two might do so at once. If it is stuck
-        in that, because the client does not read, a second call cuts the connection."""
-        how = socket.SHUT_RDWR if self.farewell else socket.SHUT_RD
-        self.farewell = farewell
-        with suppress(OSError):  # the client was quicker
-            socket.socket.shutdown(self.connection, how)  # Trap: an SSLSocket's own ends TLS, too
-
-    def receive(self) -> None:
-        """Wait for more bytes. EOFError: the client is gone. Refused(421): hang_up() was called."""
-        try:
-            refuse(self.farewell, 421, self.farewell)
-            super().receive()
-            self.heard = time.monotonic()
-        except (EOFError, OSError) as error:
-            refuse(self.farewell, 421, self.farewell)
-            raise EOFError(error) from None
-
-    def flush(self) -> None:
-        """Send the replies that wait. EOFError: the client is gone. So OSError, from now on, means
-        that a command failed at something else, such as a file."""
-        try:
-            super().flush()
-            self.heard = time.monotonic()
-        except OSError as error:
-            raise EOFError(error) from None
-
-    def read_line(self) -> str:
-        """Give the next line as it was meant: backspace and DEL edit it, telnet's codes go."""
-        line = super().read_line()
-        if line.isprintable():
-            return line
-        typed = ""
-        for character in self.telnet.sub("", line):
-            typed = typed[:-1] if character in "\b\x7f" else typed + character
-        return typed
-
-    def dispatch(self, line: str) -> None:
-        """Run a command, if it is one. What breaks in it does not end the session."""
-        verb = line.partition(" ")[0].upper()
-        web = verb in ("GET", "POST", "CONNECT")  # a web page could have your browser send mail
-        refuse(web, 421, "This is a mail server: take your browser elsewhere")
-        if verb in self.server.fail:
-            return self.reply(self.server.fail[verb], "Refused on purpose, as --fail says")
-        try:
-            super().dispatch(line)
-        except (Refused, EOFError):
-            raise
-        except Exception as error:
-            warn(f"{verb} failed: {error!r}")
-            raise Refused(451, "The server failed at this: try again later") from None
-
-    def reply(self, code: int, *lines: str) -> None:
-        """Answer, and hang up after 20 errors: whoever makes so many is guessing."""
-        super().reply(code, *lines)
-        self.errors += code >= 500
-        if self.errors >= 20 and code >= 500:
-            self.reply(421, "Too many errors: read up on them, then come back")
-
-
-class ESMTPHandler(Manners, SMTPHandler):
+class ESMTPHandler(SMTPHandler):
     """SMTP with all that mail clients ask for. They say EHLO, not HELO, to see what there is."""
 
-    # The grammar of addresses (RFC 5321 4.1.2), where \w is a letter of any alphabet. A route in
-    # front, as in <@relay.example:bob@example.com>, is skipped, as the RFC wants it.
-    _atom = r"[\w!#$%&'*+/=?^`{|}~-]+"  # bob
-    _local = rf'(?:{_atom}(?:\.{_atom})*|"(?:[\w !#-\[\]-~]|\\[ -~])*")'  # ann.lee, "ann lee"
-    _label = r"[^\W_]+(?:-+[^\W_]+)*"  # my-host
-    _literal = r"\[(?:\d+(?:\.\d+){3}|IPv6:[0-9A-F:.]+)\]"  # [192.0.2.1]
+    server: MailServer
+    hostname = re.sub("[^A-Za-z0-9.-]", "-", socket.gethostname())
+    utf8 = False  # MAIL came with SMTPUTF8: addresses may have letters beyond ASCII
+
+    # Addresses: RFC 5321 4.1.2; beyond ASCII, RFC 6531 3.3. The route in <@relay:bob@x> is skipped.
+    _letter = r"A-Za-z0-9\xa1-\U0010ffff"
+    _atom = rf"[{_letter}!#$%&'*+/=?^_`{{|}}~-]+"  # bob
+    _local = rf'(?:{_atom}(?:\.{_atom})*|"(?:[{_letter} !#-\[\]-~]|\\[ -~])*")'  # ann.lee
+    _label = rf"[{_letter}]+(?:-+[{_letter}]+)*"  # my-host
+    _literal = r"\[(?:\d+(?:\.\d+){3}|(?i:IPv6):[0-9A-Fa-f:.]+)\]"  # [192.0.2.1]
     _domain = rf"(?:{_label}(?:\.{_label})*|{_literal})"
-    path = rf"<(?:@{_domain}(?:,@{_domain})*:)?({_local}@{_domain}|{_atom})>"
+    address = rf"(?!.*[\udc80-\udcff]){_local}@{_domain}"  # these are bytes that are not UTF-8
+    path = rf"<(?:(?:@{_domain}(?:,@{_domain})*:)?({address}|{_atom}))?>"
+    faults = {  # what is wrong with FROM:<address> or TO:<address> if it does not start like this
+        "No colon": "[A-Z]+:",
+        "No address": r"[A-Z]+: *\S",
+        "No < and > around the address": "[A-Z]+: *<.*>",
+        "A domain has no _": r"(?!.*@[^ @]*_)",
+        "A dot at an end, or two in a row": r"(?!.*(\.\.|<\.|\.@|@\.|\.>))",
+    }
+    parameters = {  # what may stand behind the address: the pattern of its value, and what to send
+        "MAIL SIZE": ("[0-9]{1,20}", "SIZE=1000 for 1000 octets"),  # RFC 1870
+        "MAIL BODY": ("7BIT|8BITMIME", "BODY=7BIT or BODY=8BITMIME"),  # RFC 6152
+        "MAIL SMTPUTF8": ("", "SMTPUTF8 without a value"),  # RFC 6531
+        "MAIL AUTH": (".+", "AUTH=<>"),  # who wrote the message: of use to relays (RFC 4954 5)
+    }
 
-    host = re.sub("[^A-Za-z0-9.-]", "-", socket.gethostname())
-    utf8 = False  # addresses may have letters beyond ASCII
-    stray = re.compile(rb"\n(?:HELP|QUIT|RSET|NOOP|DATA|(?:HELO|EHLO|MAIL|RCPT) .*)\s*\Z", re.I)
-
-    def receive(self) -> None:
-        """Wait for more bytes; if a message seems to end in a command, tell the class."""
-        super().receive()
-        if self.code == 354 and self.server.console and self.stray.search(self.received[-400:]):
-            self.log("-", "this went into the message, which only a line with a single dot ends")
-
-    def match(self, verb: str, pattern: str, arg: str) -> re.Match[str]:
-        """Take an argument apart. That of MAIL and RCPT is an address, and parameters behind it."""
-        if verb not in ("MAIL", "RCPT"):
-            return super().match(verb, pattern, arg)
-        match = super().match(verb, pattern + "((?: +[!-~]+)*)", arg)
-        self.utf8 = self.utf8 and verb == "RCPT"
-        self.read_parameters(verb, match[2].upper().split())
-        self.check_address(verb, match[1] or "")
-        return match
-
-    def read_parameters(self, verb: str, parameters: list[str]) -> None:
-        """Call the method of each parameter: for SIZE=1000 behind MAIL, mail_SIZE("1000")."""
-        pairs = [parameter.partition("=")[::2] for parameter in parameters]
-        refuse(pairs and self.protocol == "SMTP", 555, "No parameters after HELO: send EHLO first")
-        refuse(len(dict(pairs)) < len(pairs), 501, "The same parameter twice: send it once")
-        for keyword, value in pairs:
-            method: Any = getattr(self, f"{verb.lower()}_{keyword}", None)
-            refuse(not method, 555, f"Unknown parameter: send {verb} without it")
-            method(value)
-
-    def check_address(self, verb: str, address: str) -> None:
-        """Refuse an address that fits the grammar, and nothing else."""
+    def read_path(self, verb: str, arg: str) -> str:
+        """Return the address of MAIL or RCPT. Raise Refused; 501 names the first fault."""
+        keyword = "FROM" if verb == "MAIL" else "TO"
+        fits = re.fullmatch(f"(?i:{keyword}): *{self.path}((?: +[!-~]+)*)", arg, re.ASCII)
+        if not fits:
+            starts = {f"No {keyword}": keyword, **self.faults}
+            faults = (fault for fault in starts if not re.match(starts[fault], arg, ANY_CASE))
+            syntax = self.explain(verb).partition(" - ")[0]
+            raise Refused(501, f"{next(faults, 'Not an address')}: send {syntax}")
+        self.read_parameters(verb, fits[2].upper().split())
+        address = fits[1] or ""
         local, at, _ = address.rpartition("@")
-        lone = not at and address.lower() not in ("", *self.server.lists)
-        lone = lone and (verb == "MAIL" or address.lower() != "postmaster")
-        refuse(lone, 501, "No domain: send an address as in <bob@example.com>")
-        too_long = len(address.encode()) > 254 or len(local.encode()) > 64
-        refuse(too_long, 501, "Too long: 64 octets before the @ and 254 in all are the most")
+        refuse_if(verb == "RCPT" and not address, 501, "No address: send RCPT TO:<bob@example.com>")
+        bare = ("postmaster", *self.server.lists) if verb == "RCPT" else ("",)  # need no domain
+        refuse_if(not at and address.lower() not in bare, 501, "No domain: send <bob@example.com>")
+        long = len(address.encode()) > 254 or len(local.encode()) > 64
+        refuse_if(long, 501, "Too long: send 64 octets before the @ at most, 254 in all")
         foreign = not address.isascii() and not self.utf8
-        refuse(foreign, 553, "Not ASCII: that takes SMTPUTF8, behind the address in MAIL FROM")
-        if self.server.maildir:
-            self.server.maildir.folder(address)  # refuses what is no name for a directory
+        refuse_if(foreign, 553, "Not ASCII: send SMTPUTF8 behind the address in MAIL FROM")
+        if verb == "RCPT" and self.server.maildir:
+            self.server.maildir.folder(address)  # refuses what is too long for a directory
+        return address
 
-    def mail_SIZE(self, value: str) -> None:
-        """Refuse a message that will be too big, before it is sent (RFC 1870)."""
-        refuse(not re.fullmatch("[0-9]{1,20}", value), 501, "Send SIZE=1000 for 1000 octets")
-        limit = self.server.max_size
-        refuse(int(value) > limit, 552, f"Message too big: send {limit} octets at most")
-
-    def mail_BODY(self, value: str) -> None:
-        """Hear whether there will be bytes over 127 (RFC 6152). They pass in any case."""
-        refuse(value not in ("7BIT", "8BITMIME"), 501, "Send BODY=7BIT or BODY=8BITMIME")
-
-    def mail_SMTPUTF8(self, value: str) -> None:
-        """Take addresses in any alphabet (RFC 6531)."""
-        refuse(value, 501, "Send SMTPUTF8 without a value")
-        self.utf8 = True
+    def read_parameters(self, verb: str, words: list[str]) -> None:
+        """Read what stands behind an address. Raise Refused(501, 552 or 555) if that can't be."""
+        values: dict[str, str] = {}
+        for keyword, _, value in (word.partition("=") for word in words):
+            refuse_if(self.protocol == "SMTP", 555, "No parameters after HELO: send EHLO first")
+            pattern, example = self.parameters.get(f"{verb} {keyword}", ("", ""))
+            refuse_if(not example, 555, f"Unknown parameter: send {verb} without it")
+            refuse_if(not re.fullmatch(pattern, value), 501, f"Send {example}")
+            refuse_if(keyword in values, 501, "The same parameter twice: send it once")
+            values[keyword] = value
+        too_big = int(values.get("SIZE", 0)) > self.server.max_size
+        refuse_if(too_big, 552, f"Message too big: send {self.server.max_size} octets at most")
+        self.utf8 = "SMTPUTF8" in values or (self.utf8 and verb == "RCPT")
 
     def extensions(self) -> list[str]:
-        """Give what EHLO lists. PIPELINING (RFC 2920) is in receive(), which sends replies late."""
+        """Hook: return what EHLO lists. PIPELINING (RFC 2920) is in receive()."""
         size = f"SIZE {self.server.max_size}"
         return [size, "8BITMIME", "PIPELINING", "SMTPUTF8", "EXPN", "HELP"]
 
     def deliver(self, envelope: Envelope) -> None:
-        """Give a message to the mailroom of part 4, for each recipient once; a list's mail is for
-        its members. A real list would also have bounces go to itself."""
-        members: dict[str, None] = {}
+        """Store a message, publish it (part 4), show it. Raise Refused(4xx) if it can't be kept."""
+        members: list[str] = []  # of lists; a real one would also have bounces go to itself
         for address in envelope.recipients:
             name = address.rpartition("@")[0] or address
-            members.update(dict.fromkeys(self.server.lists.get(name.lower(), [address])))
-        envelope.recipients = list(members)
-        how = self.protocol
-        if how == "ESMTP":  # RFC 3848
-            how += ("S" if self.encrypted else "") + ("A" if self.user else "")
-        peer = ("IPv6:" if ":" in self.client_address[0] else "") + self.client_address[0]
-        envelope.trace = f"from {self.helo} ([{peer}])\n\tby {self.host} with {how}"
+            members += self.server.lists.get(name.lower(), [address])
+        envelope.recipients = list(dict.fromkeys(members))  # each address once, in this order
+        secured = "S" * self.encrypted + "A" * bool(self.user)  # RFC 3848
+        how = "SMTP" if self.protocol == "SMTP" else "ESMTP" + secured
+        peer = "IPv6:" * (":" in envelope.peer) + envelope.peer
+        envelope.trace = f"from {self.helo} ([{peer}])\n\tby {self.hostname} with {how}"
+        if self.server.maildir:
+            self.server.maildir.store(envelope)
         self.server.mailroom.publish(envelope)
+        super().deliver(envelope)
 
     def do_EHLO(self, arg: str) -> None:
         """EHLO your-domain.example - says who you are, asks what there is (RFC 5321 4.1.1.1)"""
-        self.helo, self.envelope = self.match("EHLO", "[!-~]{1,255}", arg)[0], None
-        self.protocol = "ESMTP"
+        self.introduce("EHLO", arg)
         self.reply(250, "Hello", *self.extensions())
 
     def do_RSET(self, arg: str) -> None:
@@ -524,150 +685,149 @@ class ESMTPHandler(Manners, SMTPHandler):
         self.envelope = None
         self.reply(250, "OK")
 
-    def do_NOOP(self, arg: str) -> None:
-        """NOOP [anything] - does nothing, and says so (RFC 5321 4.1.1.9)"""
-        self.reply(250, "OK")
-
     def do_HELP(self, arg: str) -> None:
-        """HELP [command] - lists the commands, or explains one (RFC 5321 4.1.1.8)"""
+        """HELP [command] - lists what can be sent now, or explains a command (RFC 5321 4.1.1.8)"""
         if not arg:
             return self.reply(214, " ".join(self.verbs()), "For more: HELP and one of them")
-        refuse(arg.upper() not in self.verbs(), 504, "No such command: HELP alone lists them")
+        refuse_if(not hasattr(self, "do_" + arg.upper()), 504, "No such command: HELP lists them")
         self.reply(214, self.explain(arg.upper()))
 
     def do_VRFY(self, arg: str) -> None:
         """VRFY user - asks whether there is such a user (RFC 5321 3.5)"""
-        name = self.match("VRFY", "<?([^<>]+)>?", arg)[1].lower()
-        known = [*self.server.lists, *self.server.users]
-        known += self.server.maildir.addresses() if self.server.maildir else []
-        for address in known:
+        name = self.match("VRFY", "<?([^<> ]+)>?(?: +SMTPUTF8)?", arg)[1].lower()
+        folders = self.server.maildir.addresses() if self.server.maildir else []
+        for address in (*self.server.lists, *self.server.users, *folders):
             if name in (address.lower(), address.lower().rpartition("@")[0]):
                 return self.reply(250, f"<{address}>")
-        refuse(self.server.users, 550, "No such user")
+        refuse_if(self.server.users, 550, "No such user")
         self.reply(252, "Cannot say: send a message and see")
 
     def do_EXPN(self, arg: str) -> None:
         """EXPN list - asks who is on a mailing list (RFC 5321 3.5)"""
-        name = self.match("EXPN", "<?([^<>@]+)(?:@[^<>]*)?>?", arg)[1].lower()
+        name = self.match("EXPN", "<?([^<>@ ]+)(?:@[^<> ]*)?>?(?: +SMTPUTF8)?", arg)[1].lower()
         members = self.server.lists.get(name, [])
-        refuse(not members, 550, "No such list")
+        refuse_if(not members, 550, "No such list")
         self.reply(250, *(f"<{address}>" for address in members))
 
 
 # ==================================================================================================
 # PART 3: TRUST
-# So far anybody on the way could read all of it, and anybody could have said it. TLS encrypts, and
-# a password tells who is there. Both are for POP3 in part 5, too; so, first, another mixin.
+# TLS keeps others from reading along; a password tells who is there. POP3 (part 5) needs both, too.
 
 
-class Trust(Manners):
-    """A mixin that can step into TLS and check passwords, and keeps them off the console."""
+class Security(LineHandler):
+    """A mixin, which is a class for others to inherit methods from: TLS and passwords."""
 
-    failures = 0
-    secret = re.compile(r"\s*(AUTH(?: +(?:PLAIN|LOGIN)\b)?|PASS)(.*)", re.IGNORECASE)
-    secret_seen = False
+    server: MailServer
+    wrong_passwords = 0
+    expects_secret = False  # the next line that is no command may be a password
 
     def start_tls(self, verb: str, arg: str) -> None:
-        """Go on in TLS. EOFError: the client can't, so the session ends."""
+        """Go on in TLS. Raise Gone if the client can't."""
         self.match(verb, "", arg)
-        tls: Any = self.server.tls
-        refuse(not tls, 502, "No TLS here: the server was started without --tls")
-        refuse(self.encrypted, 503, "TLS is on already")
         self.reply(220, "Ready for TLS")
         self.flush()
-        self.received.clear()  # Trap: sent in the clear, so who knows by whom (CVE-2011-0411)
-        try:  # in two steps, so that hang_up() can end the second one
-            self.connection = tls.wrap_socket(
-                self.connection, server_side=True, do_handshake_on_connect=False
-            )
+        self.received.clear()  # Trap: it came in the clear, so who knows by whom (CVE-2011-0411)
+        tcp, tls = self.connection, self.server.tls
+        assert tls  # permit() has looked
+        try:  # in two steps, so that cut() can end the second one
+            self.connection = tls.wrap_socket(tcp, server_side=True, do_handshake_on_connect=False)
             self.connection.do_handshake()
         except OSError as error:
-            raise EOFError(error) from None
+            raise Gone(f"TLS failed: {error}") from None
         self.encrypted = True
 
-    def log_in(self, name: str, password: str) -> bool:
-        """Tell whether the password is right; if not, tell the client. Refused(421): third time."""
-        from hmac import compare_digest  # Trap: == takes longer, the more of it is right
+    def finish(self) -> None:
+        """Send close_notify, or the end might be missing (RFC 8446 6.1); then end the session."""
+        if isinstance(self.connection, ssl.SSLSocket):
+            with suppress(OSError, ValueError), self.connection as tls:  # the client may be gone
+                tls.settimeout(0)  # do not wait for the client's close_notify
+                tls.unwrap()
+        super().finish()
 
-        expected = self.server.users.get(name, "no such user")  # so compare all the same
-        same = compare_digest(password.encode("utf-8", "replace"), expected.encode())
-        if same and name in self.server.users:
-            self.user, self.secret_seen = name, False
+    def permit(self, verb: str) -> None:
+        """Refuse STARTTLS and STLS if there is no TLS, or no more."""
+        super().permit(verb)
+        if verb in ("STARTTLS", "STLS"):
+            refuse_if(not self.server.tls, 502, "No TLS here: the server was started without --tls")
+            refuse_if(self.encrypted, 503, "TLS is on already")
+
+    def log_in(self, name: str, password: str) -> bool:
+        """Return whether a user may log in; if not, reply so. Raise Refused(421) the third time."""
+        expected = self.server.users.get(name, "no such user")  # compare in any case: same time
+        # Trap: == takes the longer, the more of the password is right
+        same = hmac.compare_digest(password.encode("utf-8", "replace"), expected.encode())
+        if not self.server.users or (same and name in self.server.users):  # no --users: anyone may
+            self.user, self.expects_secret = name, False
             return True
         self.reply(535, "Wrong name or password")
-        self.failures += 1
-        refuse(self.failures == 3, 421, "Three wrong passwords are enough")
+        self.wrong_passwords += 1
+        refuse_if(self.wrong_passwords == 3, 421, "Three wrong passwords are enough")
         return False
 
-    def log(self, who: str, text: str) -> None:
-        """Show a line without its password; what comes behind may be one, too, if it is no verb."""
-        if who == "C" and (match := self.secret.match(text)):
-            self.secret_seen = True
-            text = match[1] + (" ********" if match[2] else "")
-        elif who == "C" and self.secret_seen:
-            known = text.partition(" ")[0].upper() in (*self.verbs(), ".", "*")
-            text = text if known else "********"
-        super().log(who, text)
+    def conceal(self, line: str) -> str:
+        """Return a line without a password, in which the codes of an arrow key, or the "C: " of a
+        pasted dialogue, may stand before AUTH or PASS. After them, show nothing but commands."""
+        word = r"\S*?(?:AUTH(?:\s+(?:PLAIN|LOGIN)\b)?|PASS|LOGIN)"
+        hidden = rf"(?i)\s*({word}|\S+\s+{word}(?=\s)|USER\s+\S+(?=\s)).+"
+        verb = line.partition(" ")[0].upper()
+        if re.match(hidden, line) or verb.endswith(("AUTH", "PASS", "USER")):
+            self.expects_secret = True
+            return re.sub(hidden, r"\1 ********", line)
+        answer = self.code == 334 or (self.expects_secret and not hasattr(self, "do_" + verb))
+        return "********" if answer and line not in ("", "*", ".") else line
 
 
-class SecureHandler(Trust, ESMTPHandler):
+class SecureHandler(Security, ESMTPHandler):
     """SMTP with STARTTLS and AUTH: what this program speaks."""
 
-    line_limit = 12288  # for the answers that AUTH gets (RFC 4954 4)
+    line_limit = 12288  # octets; for the answers that AUTH gets (RFC 4954 4)
 
     def extensions(self) -> list[str]:
-        """Give what EHLO lists. Trap: clients that see STARTTLS insist on it, so it must work."""
-        if self.server.tls and not self.encrypted:
-            return [*super().extensions(), "STARTTLS"]
-        return [*super().extensions(), *["AUTH PLAIN LOGIN"] * bool(self.server.users)]
+        """Return what EHLO lists. Trap: clients that see STARTTLS insist on it, so it must work."""
+        more = {"STARTTLS": "STARTTLS", "AUTH": "AUTH PLAIN LOGIN"}
+        return super().extensions() + [more[verb] for verb in self.verbs() if verb in more]
 
-    def match(self, verb: str, pattern: str, arg: str) -> re.Match[str]:
-        """Take an argument apart. Refused(530): MAIL needs a password here."""
-        closed = verb == "MAIL" and self.server.require_auth and not self.user
-        refuse(closed, 530, "Send AUTH before MAIL FROM")
-        return super().match(verb, pattern, arg)
-
-    def mail_AUTH(self, value: str) -> None:
-        """Hear who wrote the message (RFC 4954 5): of use to a relay only."""
-        refuse(not self.server.users, 555, "Unknown parameter: send MAIL without it")
+    def permit(self, verb: str) -> None:
+        """Refuse MAIL without a password if there must be one, and AUTH at the wrong time."""
+        super().permit(verb)
+        closed = self.server.require_auth and not self.user
+        refuse_if(verb == "MAIL" and closed, 530, "Send AUTH before MAIL FROM")
+        if verb == "AUTH":
+            refuse_if(self.server.tls and not self.encrypted, 538, "Send STARTTLS before AUTH")
+            refuse_if(self.protocol == "SMTP", 503, "Send EHLO before AUTH")
+            refuse_if(self.envelope or self.user, 503, "Send AUTH once, and before MAIL FROM")
 
     def do_STARTTLS(self, arg: str) -> None:
         """STARTTLS - goes on encrypted, from the start (RFC 3207)"""
         self.start_tls("STARTTLS", arg)
-        self.helo, self.envelope, self.user = "", None, ""  # RFC 3207 4.2: forget it all
+        self.helo, self.protocol, self.envelope, self.user = "", "SMTP", None, ""  # RFC 3207 4.2
 
     def do_AUTH(self, arg: str) -> None:
         """AUTH PLAIN|LOGIN [base64] - logs in, with name and password (RFC 4954)"""
-        name, _, initial = arg.partition(" ")
-        mechanism: Any = getattr(self, "auth_" + name.upper(), None)
-        refuse(not self.server.users, 502, "No passwords: the server was started without --users")
-        refuse(self.server.tls and not self.encrypted, 538, "Send STARTTLS before AUTH")
-        late = not self.helo or self.envelope or self.user
-        refuse(late, 503, "Send AUTH once, after EHLO and before MAIL FROM")
-        refuse(not mechanism, 504, "Send AUTH PLAIN or AUTH LOGIN")
-        if self.log_in(*mechanism(initial.strip())):
+        mechanism, initial = self.match("AUTH", "([!-~]+) *(.*)", arg).groups()
+        method = "auth_" + mechanism.upper()
+        refuse_if(not hasattr(self, method), 504, "Send AUTH PLAIN or AUTH LOGIN")
+        if self.log_in(*getattr(self, method)(initial)):
             self.reply(235, "Welcome")
 
     def auth_PLAIN(self, initial: str) -> tuple[str, str]:
-        """Give name and password, from NUL, name, NUL, password (RFC 4616). In front of that may
-        stand for whom one acts: here, only for oneself."""
-        who, _, rest = self.ask("", initial).partition("\0")
-        name, nul, password = rest.partition("\0")
-        refuse(not nul or who not in ("", name), 501, "Send base64 of NUL, name, NUL, password")
-        return name, password
+        """Return name and password (RFC 4616). In front may stand whom to act for: only oneself."""
+        parts = self.ask("", initial).split("\0", 2)
+        fine = len(parts) == 3 and parts[0] in ("", parts[1])
+        refuse_if(not fine, 501, "Send base64 of NUL, name, NUL, password")
+        return parts[1], parts[2]
 
     def auth_LOGIN(self, initial: str) -> tuple[str, str]:
-        """Ask for name and password. It never was a standard, but many clients know it."""
+        """Return name and password. LOGIN never was a standard, but many clients know it."""
         return self.ask("Username:", initial), self.ask("Password:")
 
     def ask(self, question: str, answer: str = "") -> str:
-        """Give the answer to a challenge, if it is not here yet. Both are in base64, which is a
-        way to write bytes and hides nothing. Refused(501): it isn't; or "*", the client gave up."""
+        """Ask, if the answer is not here yet; decode it. Raise Refused(501) if it is no base64."""
         if not answer:
             self.reply(334, base64.b64encode(question.encode()).decode())
             answer = self.read_line()
-            self.log("C", "********")
-        refuse(answer == "*", 501, "AUTH cancelled")
+        refuse_if(answer == "*", 501, "AUTH cancelled")
         try:
             return base64.b64decode("" if answer == "=" else answer, validate=True).decode()
         except ValueError:
@@ -676,273 +836,276 @@ class SecureHandler(Trust, ESMTPHandler):
 
 # ==================================================================================================
 # PART 4: KEEPING MAIL
-# "250 Message accepted" is a promise: from then on, no crash may lose the message. The mailroom
-# passes it on to all who subscribed, and to the Maildir first, which keeps the promise.
-
-
-class Mailroom:
-    """Publish and subscribe: a sender need not know who wants the message, nor how many do."""
-
-    def __init__(self) -> None:
-        self.subscribers: list[Callable[[Envelope], object]] = []
-
-    def subscribe(self, subscriber: Callable[[Envelope], object]) -> None:
-        """Have a function called with each message, before its 250, in the sender's thread. If it
-        raises Refused, the sender hears that, and those who subscribed later hear nothing."""
-        self.subscribers.append(subscriber)
-
-    def publish(self, envelope: Envelope) -> None:
-        """Call all subscribers. If one breaks, the sender and the others don't notice."""
-        for subscriber in list(self.subscribers):  # a copy, since others may come and go meanwhile
-            try:
-                subscriber(envelope)
-            except Refused:
-                raise
-            except Exception as error:
-                warn(f"a subscriber failed: {error!r}")
+# With a Maildir, "250 Message accepted" is a promise: no crash may lose the message. So it is
+# stored on disk first. Then it is published: subscribers hear of it, but can't refuse it.
 
 
 class Maildir:
-    """A directory for each address, and in it a file for each message. Mail readers know the form.
-
-    A message is written in tmp/ and, when whole, moved to new/. A move happens at once or not at
-    all, so nobody ever finds half a message in new/. A mail reader moves what was read to cur/."""
+    """A directory for each address, and in it a file for each message, as mail readers expect it:
+    written in tmp/ and moved to new/, so no half of one is ever there. Readers move it to cur/."""
 
     numbers = itertools.count(1)
 
-    def __init__(self, root: str) -> None:
-        self.root = root
-        os.makedirs(root, exist_ok=True)
-        self.locks: dict[str, object] = {}  # who has a mailbox open, in part 5
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        """Use a directory; make it if need be. Raise OSError if that can't be done."""
+        self.root = os.path.abspath(root)
+        self.durable: set[str] = set()  # folders that are known to survive a crash
+        self.holders: dict[str, object] = {}  # by folder, the session that reads it, in part 5
+        os.makedirs(self.root, exist_ok=True)
 
     def folder(self, address: str) -> str:
-        """Give the directory of an address. Refused(553): its name would be too long. Trap: an
-        address could be "../x", or "con.x", which is a device on Windows: nothing passes as is."""
-        from urllib.parse import quote
-
-        name = quote(address.lower(), safe="@+").replace("~", "%7E")
+        """Return the directory of an address. Raise Refused(553) if its name would be too long.
+        Trap: "../x" would be elsewhere, and "con.x" a device on Windows, so some is encoded."""
+        name = urllib.parse.quote(address.lower(), safe="@+").replace("~", "%7E")
         if re.match(r"\.|(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name):
             name = f"%{ord(name[0]):02X}{name[1:]}"
-        refuse(len(name) > 255, 553, "Address too long to keep mail for")
+        refuse_if(len(name) > 255, 553, "Address too long to keep mail for")
         return os.path.join(self.root, name)
 
     def addresses(self) -> list[str]:
-        """Give all addresses that have a directory."""
-        from urllib.parse import unquote
-
-        return [unquote(name) for name in os.listdir(self.root)]
+        """Return all addresses that have a directory."""
+        names = os.listdir(self.root) if os.path.isdir(self.root) else []
+        return [urllib.parse.unquote(name) for name in names]
 
     def files(self, address: str) -> list[str]:
-        """Give the files of an address's messages, the oldest first."""
-        found = []
-        for place in ("new", "cur"):
-            with suppress(FileNotFoundError):
-                folder = os.path.join(self.folder(address), place)
-                found += [os.path.join(folder, name) for name in os.listdir(folder)]
-        return sorted(found, key=os.path.basename)
+        """Return the files of an address's messages, the oldest first."""
+        folder = self.folder(address)
+        places = filter(os.path.isdir, (f"{folder}/new", f"{folder}/cur"))
+        found = [f"{place}/{name}" for place in places for name in os.listdir(place)]
+        return sorted(filter(os.path.isfile, found), key=os.path.basename)
 
     def store(self, envelope: Envelope) -> None:
-        """Keep a message for every recipient. Refused(452, 451): for none, since that failed."""
-        from email.utils import formatdate  # takes long, so only when needed
-
-        now, fraction = divmod(time.time_ns(), 10**9)
-        name = f"{now}.M{fraction // 1000:06}P{os.getpid()}Q{next(self.numbers)}"
-        name += "." + ESMTPHandler.host  # no other message anywhere has this name
-        envelope.trace += f" id {name};\n\t{formatdate(localtime=True)}"
+        """Keep a copy for each recipient. If one fails, keep none and raise Refused(451 or 452)."""
+        now = f"{time.time():.6f}".replace(".", ".M")  # seconds, microseconds
+        name = f"{now}P{os.getpid()}Q{next(self.numbers)}.{ESMTPHandler.hostname}"  # no other has
+        envelope.trace += f" id {name};\n\t{time.strftime('%a, %d %b %Y %H:%M:%S %z')}"
         copies = {self.folder(address): address for address in envelope.recipients}
         try:
             for folder, address in copies.items():
                 self.write(folder, name, copy_for(envelope, address))
             for folder in copies:
-                os.rename(os.path.join(folder, "tmp", name), os.path.join(folder, "new", name))
-                sync(os.path.join(folder, "new"))
+                os.rename(f"{folder}/tmp/{name}", f"{folder}/new/{name}")
+                self.sync(f"{folder}/new")
         except Exception as error:  # Trap: whatever it was, the message is not kept
             for folder, place in itertools.product(copies, ("tmp", "new")):
                 with suppress(OSError):
-                    os.unlink(os.path.join(folder, place, name))
-            warn(f"message not kept: {error}")
+                    os.unlink(f"{folder}/{place}/{name}")
+            self.durable.clear()  # somebody may have removed directories
+            warn(f"message not kept: {error!r}")
             full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             raise Refused(452 if full else 451, "Not kept, disk trouble: try again later") from None
 
     def write(self, folder: str, name: str, data: bytes) -> None:
         """Write a message to a file in tmp/, and on to the disk."""
-        if not os.path.isdir(os.path.join(folder, "new")):
+        if folder not in self.durable or not os.path.isdir(f"{folder}/new"):
+            self.durable.discard(folder)  # somebody may have removed it
             for place in ("tmp", "cur", "new"):
-                os.makedirs(os.path.join(folder, place), exist_ok=True)
-            sync(folder)
-            sync(self.root)
-        with open(os.path.join(folder, "tmp", name), "xb") as file:
+                os.makedirs(f"{folder}/{place}", exist_ok=True)
+            for changed in (folder, self.root, os.path.dirname(self.root)):
+                self.sync(changed)
+            self.durable.add(folder)  # Trap: not sooner, or another session skips what is not done
+        with open(f"{folder}/tmp/{name}", "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # Trap: until here it is in memory only, and a crash takes it
 
+    def sync(self, folder: str) -> None:
+        """Write a directory's entries to the disk."""
+        if os.name != "nt" and os.access(folder, os.R_OK):  # Windows has no call for that
+            entry = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(entry)
+            finally:
+                os.close(entry)
+
 
 def copy_for(envelope: Envelope, address: str) -> bytes:
-    """Give a message as it lies in a mailbox (RFC 5321 4.4), its lines ended by LF."""
-    head = f"Return-Path: <{envelope.sender}>\nDelivered-To: {address}\n"
-    head += f"Received: {envelope.trace}\n"
-    return head.encode() + envelope.content.replace(b"\r\n", b"\n")
+    """Return a message as it lies in a mailbox (RFC 5321 4.4), its lines ended by LF."""
+    top = f"Return-Path: <{envelope.sender}>\nDelivered-To: {address}\nReceived: {envelope.trace}\n"
+    top += "\n" * envelope.content.startswith((b" ", b"\t"))  # or it would continue the last line
+    return top.encode() + envelope.content.replace(b"\r\n", b"\n")
 
 
-def sync(folder: str) -> None:
-    """Have the disk know a directory's new entries."""
-    if os.name != "nt":  # Windows has no call for that
-        entry = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(entry)
-        finally:
-            os.close(entry)
+@dataclass
+class Mailroom:
+    """Publish and subscribe: a sender need not know who wants the message, nor how many do."""
+
+    subscribers: list[Callable[[Envelope], object]] = field(default_factory=list)
+
+    def subscribe(self, subscriber: Callable[[Envelope], object]) -> None:
+        """Have a function called with each accepted message, before its 250, by its session."""
+        self.subscribers.append(subscriber)
+
+    def publish(self, envelope: Envelope) -> None:
+        """Call all subscribers. If one fails, neither the sender nor the others notice."""
+        for subscriber in list(self.subscribers):  # a copy, since others may come and go meanwhile
+            try:
+                subscriber(envelope)
+            except Exception as error:
+                warn(f"a subscriber failed: {error!r}")
 
 
 # ==================================================================================================
 # PART 5: COLLECTING MAIL
-# SMTP brings mail to a server. To fetch it there is another protocol, POP3 (RFC 1939). It has lines
-# and verbs as well, so it takes the LineHandler of part 1, and the mixins of parts 2 and 3.
+# POP3 (RFC 1939) fetches mail. It has lines and verbs, too, so LineHandler is its base as well.
 
 
-class POP3Handler(Trust, LineHandler):
+class POP3Handler(Security):
     """USER and PASS open a mailbox; the other commands are about what is in it at that moment.
+    DELE only marks a message, and QUIT deletes it: a broken line loses nothing (RFC 1939 6)."""
 
-    Nothing is deleted before QUIT, so a broken line loses nothing (RFC 1939 6)."""
-
-    full = b"-ERR Too many clients: try again later\r\n"
-    backlog = 64  # messages that may wait for a client that said SUBSCRIBE
-    name = ""
+    unknown_verb = 450  # no error to count: mail readers try which verbs there are
+    backlog = 4 * 2**20  # octets that may wait for a client that said SUBSCRIBE
+    address = folder = ""  # whose mailbox it is about, and where that is
     is_open = False
-    box: dict[int, str] = {}  # number and file of each message, but for those deleted
-    all: dict[int, str] = {}
+    stored: dict[int, tuple[str, int]] = {}  # by number, the file and the octets of a message
+    messages = stored  # those of them that DELE has not marked; PASS makes both anew
 
     def finish(self) -> None:
-        """Let others have the mailbox."""
-        if self.is_open and self.server.maildir:
-            del self.server.maildir.locks[self.name.lower()]
+        """Let others have the mailbox, then end the session."""
+        if self.server.maildir and self.server.maildir.holders.get(self.folder) is self:
+            del self.server.maildir.holders[self.folder]
         super().finish()
 
-    def reply(self, code: int, *lines: str) -> None:
-        """Answer as POP3 does, with +OK or -ERR; more than one line ends in one with a dot."""
-        self.send_line(("+OK " if code < 400 else "-ERR ") + lines[0])
-        for line in lines[1:]:
-            self.send_line(line)
-        super().reply(code)
+    def format_reply(self, code: int, *lines: str) -> list[str]:
+        """Return the lines of a reply: +OK or -ERR for the code, then the rest as it is."""
+        return [("+OK " if code < 400 else "-ERR ") + lines[0], *lines[1:]]
 
-    def dispatch(self, line: str) -> None:
-        """Run a command, if it is one for this state of the session (RFC 1939 3)."""
-        verb, opening = line.partition(" ")[0].upper(), ("USER", "PASS", "STLS")
-        refuse(self.is_open and verb in opening, 503, "The mailbox is open already")
-        needed = verb in self.verbs() and verb not in (*opening, "CAPA", "NOOP", "QUIT")
-        refuse(needed and not self.is_open, 503, "Send USER and PASS first")
-        super().dispatch(line)
+    def permit(self, verb: str) -> None:
+        """Refuse a command that does not fit the state of the session (RFC 1939 3)."""
+        super().permit(verb)
+        opening = verb in ("USER", "PASS", "STLS")
+        refuse_if(opening and self.is_open, 503, "The mailbox is open already")
+        early = not opening and verb not in ("CAPA", "NOOP", "QUIT") and not self.is_open
+        refuse_if(early, 503, "Send USER and PASS first")
+        refuse_if(verb == "PASS" and not self.address, 503, "Send USER before PASS")
 
-    def pick(self, verb: str, arg: str) -> int:
-        """Give the number of a message that is there, from an argument."""
-        number = int(self.match(verb, "[0-9]{1,9}", arg)[0])
-        refuse(number not in self.box, 550, "No such message: LIST shows what there is")
-        return number
+    def pick(self, verb: str, number: str) -> int:
+        """Return the number of a message, from an argument. Raise Refused(501 or 550)."""
+        n = int(self.match(verb, "[0-9]{1,9}", number)[0])
+        refuse_if(n not in self.messages, 550, "No such message: LIST shows what there is")
+        return n
 
     def load(self, file: str) -> bytes:
-        """Give a message, its lines ended by CRLF in place of the file's LF."""
-        with open(file, "rb") as opened:
-            return opened.read().replace(b"\n", b"\r\n")
+        """Return a message, with CRLF in place of the file's LF. Raise Refused(450)."""
+        try:
+            with open(file, "rb") as opened:
+                return opened.read().replace(b"\n", b"\r\n")
+        except OSError:
+            raise Refused(450, "Not there any more: send QUIT and connect again") from None
 
     def send_message(self, data: bytes) -> None:
-        """Send a message, the dots doubled that start a line, and a dot behind it."""
+        """Send a message, the dots doubled that start a line, and behind it a line with a dot."""
         self.reply(250, f"{len(data)} octets")
-        data = re.sub(rb"(?m)^\.", b"..", data)
+        data = (b"\n" + data).replace(b"\n.", b"\n..")[1:]
         self.unsent += data + (b".\r\n" if data.endswith(b"\n") else b"\r\n.\r\n")
         self.flush()  # not later: a client may ask for a thousand in one packet
+        self.log("-: ", f"{len(data)} octets sent")
 
-    def table(self, verb: str, arg: str, values: dict[int, Any]) -> None:
+    def list_values(self, verb: str, arg: str, values: dict[int, str]) -> None:
         """Answer LIST or UIDL: a line for each message, or just that for the one named."""
         if arg:
             number = self.pick(verb, arg)
             return self.reply(250, f"{number} {values[number]}")
-        lines = [f"{number} {values[number]}" for number in self.box]
+        lines = [f"{number} {value}" for number, value in values.items()]
         self.reply(250, f"{len(lines)} messages", *lines, ".")
 
     def do_CAPA(self, arg: str) -> None:
         """CAPA - lists what the server can do (RFC 2449)"""
-        stls = ["STLS"] if self.server.tls and not self.encrypted else []
-        self.reply(
-            250, "This server can do", "USER", "UIDL", "PIPELINING", "RESP-CODES", *stls, "."
-        )
+        stls = ["STLS"] if "STLS" in self.verbs() else []
+        self.reply(250, "I can:", "USER", "TOP", "UIDL", "PIPELINING", "RESP-CODES", *stls, ".")
 
     def do_STLS(self, arg: str) -> None:
         """STLS - goes on encrypted (RFC 2595 4)"""
         self.start_tls("STLS", arg)
-        self.name = ""
+        self.address = ""
 
     def do_USER(self, arg: str) -> None:
-        """USER address - says whose mail it is about"""
+        """USER address - says whose mailbox to open"""
         readable = self.server.tls and self.server.users and not self.encrypted
-        refuse(readable, 538, "Send STLS before USER")
-        self.name, self.secret_seen = self.match("USER", "[^ ]+@[^ ]+|postmaster", arg)[0], True
+        refuse_if(readable, 538, "Send STLS before USER")
+        self.address = self.match("USER", f"{ESMTPHandler.address}|postmaster", arg)[0]
+        self.name_session(self.address)
         self.reply(250, "Send PASS")
 
     def do_PASS(self, arg: str) -> None:
         """PASS password - opens the mailbox"""
-        refuse(not self.name, 503, "Send USER before PASS")
-        if self.server.users and not self.log_in(self.name, arg):
+        if not self.log_in(self.address, arg):
             return
-        maildir: Any = self.server.maildir
-        refuse(not maildir, 550, "No mailboxes here: the server was started without --maildir")
-        files = dict(enumerate(maildir.files(self.name), 1))
-        self.sizes = {number: len(self.load(file)) for number, file in files.items()}
-        mine = maildir.locks.setdefault(self.name.lower(), self) is self
-        refuse(not mine, 450, "[IN-USE] Another session has the mailbox open: try again later")
-        self.is_open, self.all, self.box = True, files, dict(files)
-        self.secret_seen = False
-        self.reply(250, f"{len(self.box)} messages")
+        maildir = self.server.maildir
+        if not maildir:
+            raise Refused(550, "No mailboxes here: the server was started without --maildir")
+        self.folder = maildir.folder(self.address)
+        busy = maildir.holders.setdefault(self.folder, self) is not self
+        refuse_if(busy, 450, "[IN-USE] Another session has the mailbox open: try again later")
+        self.stored = {}
+        for file in maildir.files(self.address):  # Trap: only now that nobody else deletes them
+            with suppress(Refused):
+                self.stored[len(self.stored) + 1] = (file, len(self.load(file)))
+        self.messages, self.is_open = dict(self.stored), True
+        self.reply(250, f"{len(self.messages)} messages")
 
     def do_STAT(self, arg: str) -> None:
         """STAT - counts messages and octets"""
-        self.reply(250, f"{len(self.box)} {sum(self.sizes[number] for number in self.box)}")
+        sizes = [size for _, size in self.messages.values()]
+        self.reply(250, f"{len(sizes)} {sum(sizes)}")
 
     def do_LIST(self, arg: str) -> None:
         """LIST [message] - tells how many octets a message has"""
-        self.table("LIST", arg, self.sizes)
+        self.list_values("LIST", arg, {n: str(size) for n, (_, size) in self.messages.items()})
 
     def do_UIDL(self, arg: str) -> None:
         """UIDL [message] - tells a message's name, which no other ever has"""
-        names = {n: os.path.basename(file).partition(":")[0] for n, file in self.box.items()}
-        self.table("UIDL", arg, {n: name[:70] for n, name in names.items()})
+        files = {n: os.path.basename(file) for n, (file, _) in self.messages.items()}
+        self.list_values("UIDL", arg, {n: file.split(":")[0][:70] for n, file in files.items()})
 
     def do_RETR(self, arg: str) -> None:
         """RETR message - sends a message"""
-        self.send_message(self.load(self.box[self.pick("RETR", arg)]))
+        self.send_message(self.load(self.messages[self.pick("RETR", arg)][0]))
+
+    def do_TOP(self, arg: str) -> None:
+        """TOP message lines - sends a message's headers and its first lines"""
+        number, count = self.match("TOP", "([0-9]+) +([0-9]{1,9})", arg).groups()
+        data = self.load(self.messages[self.pick("TOP", number)][0])
+        head, blank, body = data.partition(b"\r\n\r\n")
+        lines = io.BytesIO(body)  # not a list of them, which takes many times the memory
+        for _ in itertools.islice(lines, int(count)):
+            pass
+        self.send_message(head + blank + body[: lines.tell()])
 
     def do_DELE(self, arg: str) -> None:
-        """DELE message - deletes a message, when QUIT comes"""
-        del self.box[self.pick("DELE", arg)]
-        self.reply(250, "It goes at QUIT")
+        """DELE message - marks a message, which QUIT will delete"""
+        del self.messages[self.pick("DELE", arg)]
+        self.reply(250, "Deleted at QUIT")
 
     def do_RSET(self, arg: str) -> None:
         """RSET - takes every DELE back"""
-        self.box = dict(self.all)
-        self.reply(250, "Nothing goes")
-
-    def do_NOOP(self, arg: str) -> None:
-        """NOOP - does nothing, and says so"""
-        self.reply(250, "OK")
+        self.messages = dict(self.stored)
+        self.reply(250, "No message will be deleted")
 
     def do_QUIT(self, arg: str) -> None:
-        """QUIT - deletes what DELE has named, and ends the session"""
-        self.match("QUIT", "", arg)
-        for number in self.all.keys() - self.box.keys():
-            with suppress(FileNotFoundError):  # a mail reader was quicker
-                os.unlink(self.all[number])
-        self.reply(221, "Bye")
+        """QUIT - deletes the messages that DELE has marked, and ends the session"""
+        kept = 0
+        for number in self.stored.keys() - self.messages.keys():
+            try:
+                os.unlink(self.stored[number][0])
+            except OSError as error:  # if it is gone already, a mail reader was quicker
+                kept += not isinstance(error, FileNotFoundError)
+        refuse_if(kept, 421, f"Bye, but {kept} messages could not be deleted")
+        super().do_QUIT(arg)
 
     def do_SUBSCRIBE(self, arg: str) -> None:
         """SUBSCRIBE - sends each message the moment it comes, until you send a line (in no RFC)"""
-        inbox: queue.Queue[Envelope] = queue.Queue(self.backlog)
+        inbox: queue.Queue[Envelope] = queue.Queue()
 
-        def subscriber(envelope: Envelope) -> None:
-            if self.name.lower() in [address.lower() for address in envelope.recipients]:
-                try:
-                    inbox.put_nowait(envelope)  # the sender, whose thread this is, does not wait
-                except queue.Full:
-                    self.hang_up("You read too slowly: your mail is in the mailbox")
-                    self.hang_up("This is no time to be polite")
+        def subscriber(envelope: Envelope) -> None:  # the sender, whose thread this is, never waits
+            if self.address.lower() in (address.lower() for address in envelope.recipients):
+                sizes = [
+                    len(each.content) + 1000 * len(each.recipients) for each in list(inbox.queue)
+                ]
+                if sum(sizes) > self.backlog:
+                    return self.hang_up("You read too slowly: your mail is in the mailbox")
+                inbox.put(envelope)
 
         self.server.mailroom.subscribe(subscriber)
         try:
@@ -950,7 +1113,7 @@ class POP3Handler(Trust, LineHandler):
             self.forward(inbox)
         finally:
             self.server.mailroom.subscribers.remove(subscriber)
-        self.log("C", self.read_line())
+        self.read_line()
         self.reply(250, "Stopped")
 
     def forward(self, inbox: queue.Queue[Envelope]) -> None:
@@ -958,302 +1121,282 @@ class POP3Handler(Trust, LineHandler):
         with selectors.DefaultSelector() as selector:
             selector.register(self.connection, selectors.EVENT_READ)
             while not (self.received or self.farewell or selector.select(0)):
-                self.flush()  # which also counts as hearing from it: it may be silent for long
+                self.flush()
                 with suppress(queue.Empty):
-                    message = copy_for(inbox.get(timeout=0.2), self.name)
+                    message = copy_for(inbox.get(timeout=0.2), self.address)
                     self.send_message(message.replace(b"\n", b"\r\n"))
 
 
 # ==================================================================================================
 # PART 6: START AND STOP
-# The server that this program runs, what the class sees of it, and the command line.
 
 
+@dataclass(eq=False, repr=False)
 class MailServer(SmallServer):
     """The whole server. README shows how a program uses it; this file does so in main()."""
 
-    block_on_close = False  # keep no list of threads: socketserver would search it each time
-    request_queue_size = 1024  # may wait at the door; after socketserver's 5, one waits for seconds
-    serving = False
-
-    # The settings; MailServer(address, timeout=60) sets one.
-    max_clients = 1010  # each takes a file descriptor, and often there are 1024
-    timeout: float = 300  # seconds without a word from a client (RFC 5321 4.5.3.2.7)
-    grace: float = 2  # seconds for the sessions to end, when the server stops
-    fail: dict[str, int] = {}  # commands to refuse on purpose, and with which code
-    lists: dict[str, list[str]] = {}  # mailing lists, and the addresses on them
-    users: dict[str, str] = {}  # names and passwords, as they are; a real server has just hashes
-    require_auth = False  # take mail from users only
+    handler: type[LineHandler] = SecureHandler
+    lists: dict[str, list[str]] = field(default_factory=dict)  # mailing lists, and who is on them
+    users: dict[str, str] = field(default_factory=dict)  # names and passwords; {}: any will do
+    require_auth: bool = False  # take mail only after AUTH
     tls: ssl.SSLContext | None = None
     maildir: Maildir | None = None
-    mailroom: Any = None  # None: a new one
+    mailroom: Mailroom = field(default_factory=Mailroom)
 
-    def __init__(self, address: Any, handler: Any = SecureHandler, **settings: Any) -> None:
-        """Listen. TypeError: no such setting. OSError: the address can't be had."""
-        for name, value in settings.items():
-            if not hasattr(self, name):
-                raise TypeError(f"MailServer has no setting {name!r}")
-            setattr(self, name, value)
-        self.fail = {verb.upper(): code for verb, code in self.fail.items()}
+    def check_settings(self) -> None:
+        """Raise ValueError for a value that makes no sense."""
+        super().check_settings()
         self.lists = {name.lower(): members for name, members in self.lists.items()}
-        self.sessions: set[Manners] = set()
-        self.clients: set[socket.socket] = set()
-        self.stopping = threading.Event()
-        if not self.mailroom:
-            self.mailroom = Mailroom()
-            if self.maildir:
-                self.mailroom.subscribe(self.maildir.store)  # before all others: it may refuse
-            if self.console:
-                self.mailroom.subscribe(self.console.message)
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        super().__init__(address, handler)
+        for name, members in self.lists.items():
+            fits = [re.fullmatch(ESMTPHandler.address, member, re.ASCII) for member in members]
+            if not name or not all(fits):
+                raise ValueError(
+                    f"list {name}={','.join(members)} has no addresses, as in team=ann@example.com"
+                )
 
-    def start(self) -> None:
-        """Serve in a thread of its own; returns at once."""
-        self.serving = True
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def serve_forever(self, poll_interval: float = 0.1) -> None:
-        """Serve until stop() is called, from another thread."""
-        self.serving = True
-        threading.Thread(target=self.watch, daemon=True).start()
-        super().serve_forever(poll_interval)
-
-    def watch(self) -> None:
-        """Hang up on idle clients. A time limit on each socket would do it, too, but cost one more
-        system call for each read; this is one look at all of them, once a second."""
-        while not self.stopping.wait(min(1, self.timeout / 4)):
-            self.hang_up("Nothing heard for too long", time.monotonic() - self.timeout)
-
-    def hang_up(self, farewell: str, heard_before: float = float("inf")) -> None:
-        """End the sessions of clients that were last heard before a time."""
-        for session in list(self.sessions):
-            if session.heard <= heard_before:
-                session.hang_up(farewell)
-
-    def stop(self) -> None:
-        """Say 421 to every client, give the sessions a little time to end, free the port."""
-        self.stopping.set()
-        self.hang_up(Manners.stopped)
-        deadline = time.monotonic() + self.grace
-        while self.sessions and time.monotonic() < deadline:
-            time.sleep(0.01)
-        self.hang_up(Manners.stopped)  # whoever is left does not read what it is sent
-        if self.serving:
-            self.shutdown()
-        self.server_close()
-
-    def __exit__(self, *exception: object) -> None:
-        """The with block ends, and so does the server."""
-        self.stop()
-
-    def get_request(self) -> Any:
-        """Accept a client. OSError: there is no file descriptor left for it. It goes on knocking,
-        and without this little wait, socketserver would try again and again."""
-        try:
-            return super().get_request()
-        except OSError:
-            time.sleep(0.1)
-            raise
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Turn away one client too many."""
-        self.clients.add(request)  # their sessions come into being later, in their threads
-        if len(self.clients) <= self.max_clients:
-            return True
-        with suppress(OSError):
-            request.sendall(self.RequestHandlerClass.full)  # type: ignore[attr-defined]
-        return False
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection: there is room for another one."""
-        self.clients.discard(request)
-        super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say in one line what ended a session; socketserver has a traceback for that."""
-        warn(f"session ended: {sys.exc_info()[1]!r}")
+    def describe(self, envelope: Envelope) -> list[str]:
+        """Return what the console shows of a message: few lines, and soon, whatever it holds."""
+        named, decoded = "", []
+        with suppress(Exception):  # the email package fails at odd messages: show what came
+            head, _ = split_head(envelope.content[: 16 * 1024])
+            named = f"{head['To'] or ''} {head['Cc'] or ''}".lower().strip()
+            decoded = decode(envelope.content) if len(envelope.content) < 2**20 else []
+        lines = ["---- envelope", f"from <{envelope.sender}>"]
+        for address in envelope.recipients[:20]:
+            bcc = "  (in no header: a Bcc)" if named and address.lower() not in named else ""
+            lines.append(f"to   <{address}>{bcc}")
+        lines += [f"... {len(envelope.recipients)} in all"] if envelope.recipients[20:] else []
+        lines += ["---- decoded", *decoded, "---- as it came"] if decoded else ["---- message"]
+        return [*lines, *first_lines(envelope.content, 20 if decoded else 100), "----"]
 
 
-class Projector(Console):
-    """A console for the class: colours; the Bcc, odd line ends and encoded text made visible."""
+def first_lines(data: bytes | bytearray, most: int, charset: str = "") -> list[str]:
+    """Return the first lines of a text, and a count of the rest; with no charset, mark bare LFs."""
+    text = data[:50_000].decode(charset or "utf-8", "backslashreplace")
+    lines = text.removesuffix("\n").split("\n")[:most]
+    more = data.count(b"\n", 0, -1) + 1 - len(lines)  # an LF at the end begins no other line
+    bare = "" if charset else "<LF>"
+    lines = [line[:-1] if line.endswith("\r") else line + bare for line in lines]
+    return [f"| {line}" for line in lines] + [f"... {more:,} more lines"] * (more > 0)
+
+
+def split_head(data: bytes | bytearray) -> tuple[Message, bytes | bytearray]:
+    """Return headers and body of a message or a part. Raise ValueError if that would take long."""
+    head, _, body = (b"\n" + data.replace(b"\r\n", b"\n")).partition(b"\n\n")
+    if len(head) > 16 * 1024 or head.count(b";") > 200:
+        raise ValueError
+    return email.message_from_bytes(head[1:]), body
+
+
+def decode(data: bytes | bytearray) -> list[str]:
+    """Return what a message says, a line for a part that is no text; [] if nothing is encoded."""
+    head, body = split_head(data)
+    read, lines = email.policy.default.header_factory, []
+    for name in ("From", "To", "Subject"):
+        if "=?" in (value := " ".join(str(head[name])[:1000].split())):
+            lines.append(f"| {name}: {read('Subject', value)}")  # to read addresses takes longer
+    # Every boundary in the message splits it, so parts of parts are found as well.
+    boundaries = re.findall(rb'(?i)boundary="?([^";\s]{1,70})', data)[:10]
+    between = rb"\n--(?:%s)(?:--)?\s*?\n" % b"|".join(map(re.escape, boundaries))
+    for piece in re.split(between, data, maxsplit=20) if boundaries else [data]:
+        part, content = split_head(piece)
+        part.set_payload(content.decode("ascii", "surrogateescape"))
+        text = bytes(part.get_payload(decode=True))  # without base64 or quoted-printable
+        kind = part.get_content_type()
+        if kind.startswith("text/") and text.strip():
+            lines += first_lines(text, 100, part.get_content_charset("utf-8"))
+        elif not kind.startswith(("text/", "multipart/")):
+            lines.append(f"| ({kind}, {len(text):,} octets, {part.get_filename('no name')})")
+    return lines[:100] if lines != first_lines(body, 100, "utf-8") else []
+
+
+class Terminal(Console):
+    """A console that prints from a thread of its own, so that a stuck terminal stops nobody."""
+
+    colours = {r"[23]\d\d|\+OK": 32, r"4\d\d": 33, r"5\d\d|-ERR": 31}  # green, yellow and red
 
     def __init__(self) -> None:
         if isinstance(sys.stdout, io.TextIOWrapper):  # the terminal may lack a client's letters
             sys.stdout.reconfigure(errors="backslashreplace")
-        self.coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        self.coloured = sys.stdout and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        self.waiting: queue.Queue[str | None] = queue.Queue(5000)  # lines; None is the end
+        self.missing = 0  # lines for which there was no room
+        self.thread = threading.Thread(target=self.print_lines, daemon=True)
+        self.thread.start()
 
     def show(self, *lines: str) -> None:
-        """Print the lines, C green and S blue; or nothing, once the terminal is gone."""
-        if self.coloured:
-            lines = tuple(re.sub(r"^(\[\d+\] )C:", "\\1\x1b[32mC\x1b[0m:", line) for line in lines)
-            lines = tuple(re.sub(r"^(\[\d+\] )S:", "\\1\x1b[34mS\x1b[0m:", line) for line in lines)
-        with suppress(OSError):
-            super().show(*lines)
+        """Have the lines printed; if there is no room for one, only count it."""
+        for line in lines:
+            try:
+                self.waiting.put_nowait(line)
+            except queue.Full:
+                self.missing += 1
 
-    def message(self, envelope: Envelope) -> None:
-        """Print an accepted message: its envelope, all its bytes, and what is encoded in them."""
-        from email import message_from_bytes, utils  # takes long, so only when needed
+    def print_lines(self) -> None:
+        """Print what show() is given, replies in colour, until close() is called."""
+        while (text := self.waiting.get()) is not None:
+            for code, colour in self.colours.items() if self.coloured else ():
+                text = re.sub(rf"(?<=\] )S: ({code})[ -].*", f"\x1b[{colour}m\\g<0>\x1b[0m", text)
+            if self.missing and self.waiting.empty():
+                text += f"\n... {self.missing} lines not shown"
+                self.missing = 0
+            try:
+                print(text, flush=True)
+            except (OSError, ValueError):
+                sys.stdout = None  # closed or full: print() is quiet from now on
 
-        mail = message_from_bytes(envelope.content)
-        headers = [str(value) for name in ("To", "Cc") for value in mail.get_all(name, [])]
-        named = {address.lower() for _, address in utils.getaddresses(headers)}
-        lines = [f"---- envelope, session {envelope.session}", f"from <{envelope.sender}>"]
-        for address in envelope.recipients:
-            hidden = headers and address.lower() not in named
-            lines.append(f"to   <{address}>" + ("  (in no header: a Bcc)" if hidden else ""))
-        text = envelope.content.decode("utf-8", "backslashreplace")
-        for line in text.removesuffix("\n").split("\n"):  # the bar: it is no line of the console's
-            lines.append("| " + (line[:-1] if line.endswith("\r") else line + "<LF>"))
-        for part in mail.walk():
-            encoding = str(part["Content-Transfer-Encoding"]).lower()
-            if encoding in ("base64", "quoted-printable") and not part.is_multipart():
-                with suppress(LookupError, ValueError):  # no such character set
-                    data: Any = part.get_payload(decode=True)
-                    text = data.decode(part.get_content_charset("utf-8"), "backslashreplace")
-                    lines += [f"---- decoded from {encoding}"]
-                    lines += ["| " + line for line in text.rstrip().splitlines()]
-        self.show(*map(printable, [*lines, "----"]))
+    def close(self) -> None:
+        """Let the rest be printed, for a second at most."""
+        with suppress(queue.Full):
+            self.waiting.put(None, timeout=0.5)
+        self.thread.join(0.5)
 
 
-EXAMPLES = """\
-examples:
+ABOUT = "A mail server to learn from and to test with: telnet to it, or have a program send mail."
+EXAMPLES = """examples:
   mailserver.py                       listen on 127.0.0.1 port 2525, print each mail
   mailserver.py --serial              one client at a time: the next one has to wait
   mailserver.py --fail RCPT=450       refuse every recipient: what does your program do?
-  mailserver.py --maildir Maildir --pop3-port 2526      keep mail, and let it be collected
-"""
+  mailserver.py --maildir Maildir --pop3-port 2526      keep mail, and let it be collected"""
+
+
+def give_up(text: str) -> NoReturn:
+    """End the program, since it was started in a wrong way; say which."""
+    warn(f"{text}; see --help")
+    sys.exit(2)
 
 
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line; None is the program's own. A bad flag ends the program."""
+    """Read the command line; None is the program's own. A wrong flag ends the program."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("mailserver.py", epilog=EXAMPLES, formatter_class=form)
-    parser.error = lambda message: sys.exit(f"mailserver: {message}; see --help")  # type: ignore
-    add, known = parser.add_argument, "(%(default)s)"
-    add("--host", default="127.0.0.1", help=f"address to listen on {known}")
-    add("--port", type=int, default=2525, help=f"port to listen on {known}; 0 takes a free one")
+    parser = argparse.ArgumentParser("mailserver.py", None, ABOUT, EXAMPLES, formatter_class=form)
+    parser.error = give_up  # type: ignore
+    add, given = parser.add_argument, "(%(default)s)"
+    add("--host", default="127.0.0.1", help=f"address to listen on {given}; 0.0.0.0 is all")
+    add("--port", type=int, default=2525, help=f"port to listen on {given}; 0 takes a free one")
     add("--serial", action="store_true", help="serve one client at a time")
-    add("--max-size", type=int, default=10 * 2**20, help=f"octets in a message {known}")
-    add("--max-clients", type=int, default=1010, help=f"at the same time {known}")
-    add("--timeout", type=int, default=300, help=f"seconds of silence to bear {known}")
-    add("--fail", type=failure, action="append", default=[], help="refuse commands: RCPT=450")
-    add("--list", type=mailing_list, action="append", default=[], help="team=a@x.org,b@x.org")
-    add("--tls", nargs=2, metavar=("CERT", "KEY"), help="offer TLS; make cert makes these files")
-    add("--users", metavar="FILE", help="offer AUTH; the file has name:password on each line")
-    add("--require-auth", action="store_true", help="take mail from these users only")
-    add("--maildir", metavar="DIR", help="keep mail there")
-    add("--pop3-port", type=int, help="let mail be collected there")
+    add("--max-size", type=int, default=10 * 2**20, help=f"octets in a message {given}")
+    add("--max-clients", type=int, default=1010, help=f"clients at the same time {given}")
+    add("--timeout", type=int, default=300, help=f"seconds to wait for a client {given}")
+    add("--fail", action="append", default=[], help="refuse a command: RCPT=450")
+    add("--list", action="append", default=[], help="mailing list: team=a@x.org,b@x.org")
+    add("--tls", nargs=2, metavar=("CERT", "KEY"), help="offer TLS; make cert makes both files")
+    add("--users", nargs=1, metavar="FILE", help="lines of name:password; without it, any will do")
+    add("--require-auth", action="store_true", help="take mail only after AUTH")
+    add("--maildir", nargs=1, metavar="DIR", help="keep the mail in this directory")
+    add("--pop3-port", type=int, help="let mail be collected at this port; needs --maildir")
     add("--quiet", action="store_true", help="print neither dialogues nor mail")
     add("--version", action="version", version=f"mailserver {__version__}")
-    return parser.parse_args(argv)
-
-
-def failure(text: str) -> tuple[str, int]:
-    """Read what --fail takes."""
-    if match := re.fullmatch("([A-Za-z0-9]+)=([45][0-9][0-9])", text):
-        return match[1].upper(), int(match[2])
-    raise argparse.ArgumentTypeError("write it as in RCPT=450")
-
-
-def mailing_list(text: str) -> tuple[str, list[str]]:
-    """Read what --list takes."""
-    if match := re.fullmatch(r"([^@=,\s]+)=([^@=,\s]+@[^@=,\s]+(,[^@=,\s]+@[^@=,\s]+)*)", text):
-        return match[1], match[2].split(",")
-    raise argparse.ArgumentTypeError("write it as in team=ann@example.com,bob@example.com")
+    flags = parser.parse_args(argv)
+    if flags.pop3_port is not None and not flags.maildir:
+        give_up("--pop3-port needs --maildir DIR")
+    return flags
 
 
 def read_users(path: str) -> dict[str, str]:
-    """Read name:password from each line of a file, but for empty ones and # comments."""
-    users = {}
+    """Return names and passwords from lines of name:password. Raise OSError or ValueError."""
     with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            name, _, password = line.strip().partition(":")
-            if line.strip() and not name.startswith("#"):
-                users[name] = password
-                if not name or not password:
-                    raise OSError(f"line {number} is not name:password")
+        lines = [line.strip() for line in file]
+    for number, line in enumerate(lines, 1):
+        if not re.fullmatch("(#.*|[^:]+:.+)?", line):
+            raise ValueError(f"users {path}: line {number} is not name:password")
+    users = dict(line.split(":", 1) for line in lines if line and not line.startswith("#"))
+    if not users:
+        raise ValueError(f"users {path}: nobody is named; write a line with name:password")
     return users
 
 
-def tls_context(cert: str, key: str) -> ssl.SSLContext:
-    """Make what TLS needs, of a certificate and its key."""
-    import ssl  # takes long, so only when needed
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+def tls_context(cert: str | os.PathLike[str], key: str | os.PathLike[str]) -> ssl.SSLContext:
+    """Return what TLS needs, from the files of a certificate and its key. Raise OSError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # TLS 1.2 or newer
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # Trap: else no 421 at the end
-    context.load_cert_chain(cert, key, password="")  # else it would ask
+    for path in (cert, key):
+        open(path, "rb").close()  # if this fails, the error names the file; OpenSSL's does not
+    context.load_cert_chain(cert, key, password="")  # else OpenSSL would ask for one
     return context
 
 
-def make(flags: str, function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
-    """Call the function; end the program if it fails, for which some flags are to blame."""
-    try:
-        return function(*args, **keywords)
-    except (OSError, OverflowError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        sys.exit(f"mailserver: cannot use {flags}: {reason}; choose another")
-
-
-def announce(servers: list[MailServer]) -> None:
-    """Say where the servers are and what to do with them; warn of what others might do."""
-    host, port = str(servers[0].server_address[0]), servers[0].server_address[1]
-    pop3 = "".join(f", POP3 on port {server.server_address[1]}" for server in servers[1:])
-    print(f"mailserver {__version__} listens on {host} port {port}{pop3}", flush=True)
-    if servers[0].console:
-        near = host.replace("0.0.0.0", "127.0.0.1")
-        servers[0].console.show(f"Try it in another terminal: telnet {near} {port}", "Stop: Ctrl-C")
-    if not host.startswith("127.") and host != "::1":
-        warn("other machines can reach this server: anyone there can send it mail")
-    if servers[0].users and not servers[0].tls:
-        warn("passwords come in the clear: whoever is on the way can read them; see --tls")
-    if servers[1:] and not servers[0].users:
-        warn("any password opens any mailbox; see --users")
-
-
 def settings_of(flags: argparse.Namespace) -> dict[str, Any]:
-    """Make MailServer's settings of the flags; end the program if they do not go together."""
-    if min(flags.max_size, flags.max_clients, flags.timeout) < 1:
-        sys.exit("mailserver: --max-size, --max-clients and --timeout are whole numbers from 1 up")
-    if flags.require_auth and flags.users is None:
-        sys.exit("mailserver: --require-auth needs --users FILE")
-    if flags.pop3_port is not None and flags.maildir is None:
-        sys.exit("mailserver: --pop3-port needs --maildir DIR")
+    """Return the settings of MailServer that flags give as they are, and --list and --fail."""
     names = ("serial", "max_size", "max_clients", "timeout", "require_auth")
     settings: dict[str, Any] = {name: getattr(flags, name) for name in names}
-    settings |= {"fail": dict(flags.fail), "lists": dict(flags.list)}
-    settings["console"] = None if flags.quiet else Projector()
-    if flags.users is not None:
-        settings["users"] = make(f"--users {flags.users}", read_users, flags.users)
-    if flags.maildir is not None:
-        settings["maildir"] = make(f"--maildir {flags.maildir}", Maildir, flags.maildir)
-    if flags.tls:
-        blame = "--tls {} {} (make cert makes a pair)".format(*flags.tls)
-        settings["tls"] = make(blame, tls_context, *flags.tls)
+    pairs = [text.partition("=") for text in flags.list]
+    settings["lists"] = {name: members.split(",") for name, _, members in pairs}
+    pairs = [text.partition("=") for text in flags.fail]
+    codes = {verb.upper(): code for verb, _, code in pairs}
+    settings["fail"] = {verb: int(code) if code.isdecimal() else 0 for verb, code in codes.items()}
     return settings
 
 
-def main(argv: list[str] | None = None, handler: Any = SecureHandler) -> None:
+def make_servers(
+    flags: argparse.Namespace, handler: type[LineHandler], console: Console | None
+) -> list[MailServer]:
+    """Make the server for SMTP, and the one for POP3 if there is a port for it."""
+    given = "--fail or --list"
+    try:
+        settings = settings_of(flags) | {"console": console, "mailroom": Mailroom()}
+        for name, make in (("users", read_users), ("maildir", Maildir), ("tls", tls_context)):
+            if values := getattr(flags, name):
+                given = f"--{name} {' '.join(values)}"
+                settings[name] = make(*values)
+        given, place = f"--host {flags.host} --port {flags.port}", (flags.host, flags.port)
+        servers = [MailServer(place, handler, **settings)]
+        if flags.pop3_port is not None:
+            settings |= {"fail": {}, "timeout": 2 * flags.timeout}  # RFC 1939 3 wants 10 minutes
+            given, place = f"--pop3-port {flags.pop3_port}", (flags.host, flags.pop3_port)
+            servers.append(MailServer(place, POP3Handler, **settings))
+    except OSError as error:
+        file = f"{error.filename}: " if error.filename else ""
+        give_up(f"cannot use {given}: {file}{error.strerror}; choose another")
+    except ValueError as error:  # a setting that makes no sense; the text starts with its name
+        give_up(f"--{error}".replace("--max_", "--max-"))
+    return servers
+
+
+def announce(servers: list[MailServer], console: Console) -> None:
+    """Say where the servers are and what to do with them; warn of what others could do."""
+    host, port = servers[0].host, servers[0].port
+    pop3 = "".join(f", POP3 on port {server.port}" for server in servers[1:])
+    console.show(f"mailserver {__version__} listens on {host} port {port}{pop3}")
+    if not host.startswith("127.") and host != "::1":
+        warn("other machines can reach this server: anyone there can send it mail")
+    if host in ("0.0.0.0", "::"):  # which of our addresses do others see? This sends nothing
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            udp.connect(("192.0.2.1", 9))
+            host = udp.getsockname()[0]
+    if servers[0].console:
+        console.show(f"Try it in another terminal: telnet {host} {port}", "Stop: Ctrl-C")
+    if servers[0].users and not servers[0].tls:
+        warn("passwords come in the clear: whoever is on the way can read them; see --tls")
+
+
+def main(argv: list[str] | None = None, handler: type[LineHandler] = SecureHandler) -> None:
     """Run the program: read the flags, listen, serve, wait for Ctrl-C or TERM, stop."""
-    stopped: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stopped.append(number))
     flags = read_flags(argv)
-    settings = settings_of(flags)
-    place, blame = (flags.host, flags.port), f"--host {flags.host} --port {flags.port}"
-    servers = [make(blame, MailServer, place, handler, **settings)]
-    if flags.pop3_port is not None:  # twice the patience: RFC 1939 3
-        settings |= {"mailroom": servers[0].mailroom, "timeout": 2 * flags.timeout}
-        place, blame = (flags.host, flags.pop3_port), f"--pop3-port {flags.pop3_port}"
-        servers.append(make(blame, MailServer, place, POP3Handler, **settings))
-    announce(servers)
+    with suppress(ImportError, AttributeError, ValueError, OSError):  # some systems lack these
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+        if getattr(sys, "_is_gil_enabled", lambda: True)():
+            # Trap: on two cores, threads take the interpreter's lock from each other all the time
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
+    terminal = Terminal()  # now, since its thread keeps the cores that it starts with
+    servers = make_servers(flags, handler, None if flags.quiet else terminal)
+    ours, pythons = socket.socketpair()
+    pythons.setblocking(False)
+    signal.set_wakeup_fd(pythons.fileno())  # Python writes to it when a signal comes
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_IGN))
+    announce(servers, terminal)
     for server in servers:
         server.start()
-    while not stopped:
-        time.sleep(0.1)
+    ours.recv(1)
     for server in servers:
         server.stop()
+    terminal.close()
+    os._exit(0)  # Trap: Python would wait for a thread that waits for a stuck terminal
 
 
 if __name__ == "__main__":
