@@ -206,7 +206,7 @@ class SmallServer(socketserver.ThreadingTCPServer):
     def stop(self) -> None:
         """Send 421 to all clients and free the port. A session's own thread may call this, too."""
         self.stopping = "The server is stopping: try again later"
-        self.wait_for_sessions(0.05)  # a client may be about to say QUIT
+        self.wait_for_sessions(0.02)  # a client may be about to say QUIT
         for session in list(self.sessions):
             session.hang_up(self.stopping)
         for session in self.wait_for_sessions(self.grace):
@@ -404,14 +404,12 @@ class LineHandler(socketserver.StreamRequestHandler):
         if not data:
             raise Gone
         self.received += data
+        # Telnet asks DO TIMING-MARK at Ctrl-C, and shows no reply before the answer, here WONT
+        # TIMING-MARK (RFC 860). Inside a message, these bytes are content.
         asked = -1 if self.code == 354 else self.received.find(b"\xff\xfd\x06")
-        if (
-            asked >= 0 and b"\n" not in self.received[:asked]
-        ):  # telnet asks DO TIMING-MARK at Ctrl-C;
-            self.received[asked : asked + 3] = (
-                b""  # without the answer, WONT TIMING-MARK (RFC 860),
-            )
-            self.unsent += b"\xff\xfc\x06"  # it would hide all replies
+        if asked >= 0 and b"\n" not in self.received[:asked]:
+            del self.received[asked : asked + 3]
+            self.unsent += b"\xff\xfc\x06"
         tls = self.received.startswith(b"\x16\x03")  # how a TLS handshake starts (RFC 8446 5.1)
         refuse_if(tls, 421, "Not TLS from the first byte: connect plainly, then send STARTTLS")
 
@@ -1098,12 +1096,14 @@ class POP3Handler(Security):
         """SUBSCRIBE - sends each message the moment it comes, until you send a line (in no RFC)"""
         inbox: queue.Queue[Envelope] = queue.Queue()
 
-        def subscriber(envelope: Envelope) -> None:  # the sender, whose thread this is, never waits
+        def subscriber(envelope: Envelope) -> None:
+            """Queue a message for us; the sender, whose thread this is, must not wait."""
             if self.address.lower() in (address.lower() for address in envelope.recipients):
-                sizes = [
-                    len(each.content) + 1000 * len(each.recipients) for each in list(inbox.queue)
-                ]
-                if sum(sizes) > self.backlog:
+                waiting = list(inbox.queue)
+                octets = sum(len(each.content) + 1000 * len(each.recipients) for each in waiting)
+                if octets > self.backlog:
+                    if self.farewell:  # it has been told, and still does not read
+                        return self.cut()
                     return self.hang_up("You read too slowly: your mail is in the mailbox")
                 inbox.put(envelope)
 
@@ -1160,7 +1160,8 @@ class MailServer(SmallServer):
         with suppress(Exception):  # the email package fails at odd messages: show what came
             head, _ = split_head(envelope.content[: 16 * 1024])
             named = f"{head['To'] or ''} {head['Cc'] or ''}".lower().strip()
-            decoded = decode(envelope.content) if len(envelope.content) < 2**20 else []
+            if re.search(rb"(?im)=\?|^content-", envelope.content[: 16 * 1024]):
+                decoded = decode(envelope.content) if len(envelope.content) < 2**20 else []
         lines = ["---- envelope", f"from <{envelope.sender}>"]
         for address in envelope.recipients[:20]:
             bcc = "  (in no header: a Bcc)" if named and address.lower() not in named else ""
@@ -1234,14 +1235,20 @@ class Terminal(Console):
 
     def print_lines(self) -> None:
         """Print what show() is given, replies in colour, until close() is called."""
-        while (text := self.waiting.get()) is not None:
+        lines: list[str | None] = []
+        while None not in lines:
+            lines = [self.waiting.get()]
+            time.sleep(0.01)  # more lines may come, and one print() for all takes less time
+            while not self.waiting.empty():
+                lines.append(self.waiting.get())
+            if self.missing:
+                lines.append(f"... {self.missing} lines not shown")
+                self.missing = 0
+            text = "\n".join(line for line in lines if line is not None)
             for code, colour in self.colours.items() if self.coloured else ():
                 text = re.sub(rf"(?<=\] )S: ({code})[ -].*", f"\x1b[{colour}m\\g<0>\x1b[0m", text)
-            if self.missing and self.waiting.empty():
-                text += f"\n... {self.missing} lines not shown"
-                self.missing = 0
             try:
-                print(text, flush=True)
+                print(text, end="\n" * bool(text), flush=True)
             except (OSError, ValueError):
                 sys.stdout = None  # closed or full: print() is quiet from now on
 
@@ -1370,9 +1377,8 @@ def announce(servers: list[MailServer], console: Console) -> None:
         warn("passwords come in the clear: whoever is on the way can read them; see --tls")
 
 
-def main(argv: list[str] | None = None, handler: type[LineHandler] = SecureHandler) -> None:
-    """Run the program: read the flags, listen, serve, wait for Ctrl-C or TERM, stop."""
-    flags = read_flags(argv)
+def tune_process() -> None:
+    """Take one core, and two file descriptors a client, on a system that lets us choose."""
     with suppress(ImportError, AttributeError, ValueError, OSError):  # some systems lack these
         import resource
 
@@ -1382,6 +1388,12 @@ def main(argv: list[str] | None = None, handler: type[LineHandler] = SecureHandl
             # Trap: on two cores, threads take the interpreter's lock from each other all the time
             cores = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
+
+
+def main(argv: list[str] | None = None, handler: type[LineHandler] = SecureHandler) -> None:
+    """Run the program: read the flags, listen, serve, wait for Ctrl-C or TERM, stop."""
+    flags = read_flags(argv)
+    tune_process()
     terminal = Terminal()  # now, since its thread keeps the cores that it starts with
     servers = make_servers(flags, handler, None if flags.quiet else terminal)
     ours, pythons = socket.socketpair()

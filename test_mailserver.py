@@ -2077,7 +2077,8 @@ class ConsoleTest(DialogueTest):
 
     def test_no_remark_where_there_is_no_mistake(self) -> None:
         for text in (CLASSIC, f"{ENVELOPE}\n{DATA}\nC: I say\nC: QUIT!\n{DOT}\n{BYE}"):
-            for way in WAYS:
+            for handler, way in itertools.product((mailserver.SecureHandler, Drip), WAYS):
+                self.server = self.serve(console=self.console, handler=handler)
                 self.assertEqual(self.remarks(text, way), [])
 
     def test_a_cr_without_lf(self) -> None:
