@@ -255,8 +255,21 @@ class Client:
             return ""  # the last line of a reply stands for them all
         came = self.line() if self.letter or not CODE.match(pattern) else self.reply()
         if not fits(pattern, came, self.letter):
-            raise Mismatch(f"{place}\n  expected  S: {pattern}\n  came      S: {short(came)}")
+            bare = (
+                "\n            (ends in a bare LF: a reply ends in CRLF)"
+                if came[-1:] == "\n"
+                else ""
+            )
+            wanted = pattern if self.letter else self.codes_only(pattern)
+            raise Mismatch(f"{place}\n  expected  S: {wanted}\n  came      S: {short(came)}{bare}")
         return came
+
+    def codes_only(self, pattern: str) -> str:
+        """Return what an S: line expects where only codes are compared."""
+        if not CODE.match(pattern):
+            return pattern
+        other = re.search(r" \(or .*\)$", pattern)
+        return f"{pattern[:3]} (any text){other[0] if other else ''}"
 
     def converse(self, text: str, way: str = LINE_BY_LINE) -> None:
         """Play a piece of a dialogue."""
@@ -840,7 +853,10 @@ class Judge:
         """Give what is to be played. ValueError, OSError: the file is no good."""
         if self.file is None:
             return read_dialogues(COURSE)
-        found = read_dialogues(Path(self.file).read_text(encoding="utf-8"))
+        try:
+            found = read_dialogues(Path(self.file).read_text(encoding="utf-8-sig"))
+        except UnicodeError:
+            raise ValueError(f"{self.file} is not UTF-8: save it as UTF-8") from None
         found = [one for one in found if "played with:" not in one.title]
         if not found:
             raise ValueError(f"{self.file} has no line that starts with C: or S:")
@@ -867,8 +883,13 @@ class Judge:
     def report(self, dialogue: Dialogue) -> bool:
         """Play a dialogue, print what became of it, tell whether it passed."""
         fault = self.fault(dialogue)
-        title = f"line {dialogue.start}: {dialogue.title}" if self.file else dialogue.title
+        title = dialogue.title or "the dialogue"
+        title = f"line {dialogue.start}: {title}" if self.file else title
         print(f"  {'FAILED' if fault else 'passed'}  {short(title)}", flush=True)
+        number = re.match(r"line (\d+)", fault)
+        if number and not self.file:  # the course is in this file: show what was played
+            played = dialogue.text.split("\n")[: int(number[1]) - 1]
+            print("".join(f"          {short(line)}\n" for line in played[-8:]), end="")
         if fault:
             print(textwrap.indent(fault, " " * 10), flush=True)
         return not fault
@@ -921,7 +942,10 @@ def play_command(argv: list[str]) -> int:
     except OSError as error:
         print(f"{judge.name}: cannot connect: {error}")
         return 1
-    return 0 if judge.run() else 1
+    try:
+        return 0 if judge.run() else 1
+    except BrokenPipeError:  # of a pipe into head, say
+        os._exit(1)
 
 
 # ==================================================================================================
@@ -954,7 +978,7 @@ TRAPS = [
         if len(line) <= self.line_limit:
             del self.received[: end.end()]  # Trap""",
         "WireTest.test_a_line_too_long_is_thrown_away_whole",
-        """python -c "print('x' * 20000)" | nc 127.0.0.1 2525 is refused once and for ever.""",
+        """python -c "print('x' * 20000)" | nc 127.0.0.1 2525    (it is refused for ever)""",
     ),
     Trap(
         "an SSLSocket's own shutdown() ends TLS",
@@ -4564,7 +4588,7 @@ class JudgeTest(DialogueTest):
         address = ("127.0.0.1", int(server.name.rpartition(":")[2]))
         text = f"{HELLO}\nC: FROB\nS: 500 Unknown (or 502 4.1)\nC: QUIT\nS: 221 Bye"
         play(address, text, **manner)
-        with self.assertRaisesRegex(Mismatch, "(?s)line 5, .* 500 Unknown.*421 Too busy"):
+        with self.assertRaisesRegex(Mismatch, "(?s)line 5, .* 500 .any text.*421 Too busy"):
             play(address, f"{HELLO}\nC: FROB\nS: 500 Unknown (or 502 4.2)", **manner)
 
     def test_no_later_level_before_the_first(self) -> None:
