@@ -496,7 +496,7 @@ class SMTPHandler(LineHandler):
         refuse_if(verb == "DATA" and nobody, 503, "Send RCPT TO before DATA")
 
     def do_HELO(self, arg: str) -> None:
-        """HELO your-domain.example - says who you are, and starts afresh (RFC 5321 4.1.1.1)"""
+        """HELO your-domain.example - says who you are (RFC 5321 4.1.1.1)"""
         self.introduce("HELO", arg)
         self.reply(250, "Hello")
 
@@ -508,13 +508,13 @@ class SMTPHandler(LineHandler):
         self.name_session(self.helo)
 
     def do_MAIL(self, arg: str) -> None:
-        """MAIL FROM:<sender@example.com> - opens an envelope; bounces go there (RFC 5321 3.3)"""
+        """MAIL FROM:<sender@example.com> - opens an envelope (RFC 5321 4.1.1.2)"""
         sender, peer = self.read_path("MAIL", arg), self.client_address[0]
         self.envelope = Envelope(sender, [], bytearray(), self.number, self.helo, peer, self.user)
         self.reply(250, "OK")
 
     def do_RCPT(self, arg: str) -> None:
-        """RCPT TO:<recipient@example.com> - adds a recipient; may be repeated (RFC 5321 4.1.1.3)"""
+        """RCPT TO:<recipient@example.com> - adds a recipient (RFC 5321 4.1.1.3)"""
         assert self.envelope  # permit() has looked
         too_many = len(self.envelope.recipients) >= 1000  # RFC 5321 4.5.3.1.8: at least 100
         refuse_if(too_many, 452, "Too many recipients: send DATA, then MAIL FROM again")
@@ -673,7 +673,7 @@ class ESMTPHandler(SMTPHandler):
         super().deliver(envelope)
 
     def do_EHLO(self, arg: str) -> None:
-        """EHLO your-domain.example - says who you are, asks what there is (RFC 5321 4.1.1.1)"""
+        """EHLO your-domain.example - says who you are, and asks what there is"""
         self.introduce("EHLO", arg)
         self.reply(250, "Hello", *self.extensions())
 
@@ -684,7 +684,7 @@ class ESMTPHandler(SMTPHandler):
         self.reply(250, "OK")
 
     def do_HELP(self, arg: str) -> None:
-        """HELP [command] - lists what can be sent now, or explains a command (RFC 5321 4.1.1.8)"""
+        """HELP [command] - lists what can be sent now, or explains a command"""
         if not arg:
             return self.reply(214, " ".join(self.verbs()), "For more: HELP and one of them")
         refuse_if(not hasattr(self, "do_" + arg.upper()), 504, "No such command: HELP lists them")
@@ -1093,7 +1093,7 @@ class POP3Handler(Security):
         super().do_QUIT(arg)
 
     def do_SUBSCRIBE(self, arg: str) -> None:
-        """SUBSCRIBE - sends each message the moment it comes, until you send a line (in no RFC)"""
+        """SUBSCRIBE - sends each message as it comes, until you send a line"""
         inbox: queue.Queue[Envelope] = queue.Queue()
 
         def subscriber(envelope: Envelope) -> None:
