@@ -155,7 +155,7 @@ class SmallServer(socketserver.ThreadingTCPServer):
         self.host, self.port = str(self.server_address[0]), int(self.server_address[1])
 
     def check_settings(self) -> None:
-        """Raise ValueError for a value that makes no sense."""
+        """Raise ValueError for a value that makes no sense, OSError for such a port."""
         if not 0 <= self.address[1] <= 65535:
             raise OSError(errno.EADDRNOTAVAIL, "A port is a number in 0-65535")
         for name in ("max_size", "max_clients", "timeout"):
@@ -242,16 +242,20 @@ class LineHandler(socketserver.StreamRequestHandler):
     rbufsize = 0  # no buffer in socketserver, since self.received is one
     unknown_verb = 500  # the code for it
     newline = b"\r\n"  # how the client's last line ended
-    user, encrypted = "", False  # who has logged in, and whether TLS is on: for part 3
-    code = errors = 0  # the code of the last reply; how many were 500 or more
+    user = ""  # who has logged in, in part 3
+    encrypted = False  # whether TLS is on, in part 3
+    code = 0  # of the last reply
+    errors = 0  # how many replies had a code from 500 up
     pasted = 0.0  # when a line with "C:" in front came last, in seconds
 
     def setup(self) -> None:
         """Prepare the session, and find out whether the client can stay."""
         super().setup()
         self.connection.settimeout(min(self.server.timeout, 10**6))
-        self.received, self.unsent = bytearray(), bytearray()  # from the client; for the client
-        self.thread, self.number = threading.current_thread(), next(self.server.numbers)
+        self.received = bytearray()  # from the client, and not used yet
+        self.unsent = bytearray()  # for the client: flush() sends it
+        self.thread = threading.current_thread()
+        self.number = next(self.server.numbers)
         self.mark = f"[{self.number}]"  # in front of all that the console shows of the session
         self.server.sessions.add(self)
         too_many = len(self.server.sessions) > self.server.max_clients
@@ -289,8 +293,10 @@ class LineHandler(socketserver.StreamRequestHandler):
         web = verb in ("GET", "POST", "CONNECT")  # a web page can have your browser connect to us
         refuse_if(web, 421, "This is a mail server: take your browser elsewhere")
         if verb in ("C:", "S:"):  # a pasted dialogue gets one answer, not one for each line
-            last, self.pasted = self.pasted, time.monotonic()
-            return refuse_if(self.pasted - last > 1, 500, 'Leave out the "C: ", send what follows')
+            before = self.pasted
+            self.pasted = time.monotonic()
+            refuse_if(self.pasted - before > 1, 500, 'Leave out the "C: ", send what follows')
+            return
         command = getattr(self, "do_" + verb, None)
         if not command:
             raise Refused(self.unknown_verb, "Unknown verb: try " + " ".join(self.verbs()))
@@ -349,7 +355,8 @@ class LineHandler(socketserver.StreamRequestHandler):
         """Show lines on the console: who is "C: " or "S: ", or "-: " for a remark of ours."""
         if self.server.console:
             if who == "C: ":
-                lines = (self.conceal(lines[0][:500]) + "<LF>" * (self.newline == b"\n"),)
+                bare = "<LF>" if self.newline == b"\n" else ""
+                lines = (self.conceal(lines[0][:500]) + bare,)
             self.server.console.show(*(f"{self.mark} {who}{printable(line)}" for line in lines))
 
     def conceal(self, line: str) -> str:
@@ -530,7 +537,8 @@ class SMTPHandler(LineHandler):
         self.match("DATA", "", arg)
         assert self.envelope  # permit() has looked
         self.reply(354, "End data with <CR><LF>.<CR><LF>")
-        envelope, self.envelope = self.envelope, None  # accepted or not, it is used up
+        envelope = self.envelope
+        self.envelope = None  # accepted or not, it is used up
         envelope.content = self.read_message()
         self.deliver(envelope)
         self.reply(250, "Message accepted")
@@ -551,7 +559,8 @@ class SMTPHandler(LineHandler):
             del self.received[2 * limit : -4]  # too big, dots or not; keep where the end may start
             searched = max(0, len(self.received) - 4)  # the end may come in pieces
             self.receive()
-        content, self.received = self.received, self.received[end.end() :]
+        content = self.received
+        self.received = content[end.end() :]
         del content[content.rindex(b".", 0, end.end()) :]
         if newline + b"." in content:  # Trap: not b"\n.": in a CRLF message, LF starts no line
             content = content.replace(newline + b".", newline)
@@ -663,9 +672,9 @@ class ESMTPHandler(SMTPHandler):
             name = address.rpartition("@")[0] or address
             members += self.server.lists.get(name.lower(), [address])
         envelope.recipients = list(dict.fromkeys(members))  # each address once, in this order
-        secured = "S" * self.encrypted + "A" * bool(self.user)  # RFC 3848
+        secured = ("S" if self.encrypted else "") + ("A" if self.user else "")  # RFC 3848
         how = "SMTP" if self.protocol == "SMTP" else "ESMTP" + secured
-        peer = "IPv6:" * (":" in envelope.peer) + envelope.peer
+        peer = f"IPv6:{envelope.peer}" if ":" in envelope.peer else envelope.peer
         envelope.trace = f"from {self.helo} ([{peer}])\n\tby {self.hostname} with {how}"
         if self.server.maildir:
             self.server.maildir.store(envelope)
@@ -756,7 +765,8 @@ class Security(LineHandler):
         # Trap: == takes the longer, the more of the password is right
         same = hmac.compare_digest(password.encode("utf-8", "replace"), expected.encode())
         if not self.server.users or (same and name in self.server.users):  # no --users: anyone may
-            self.user, self.expects_secret = name, False
+            self.user = name
+            self.expects_secret = False
             return True
         self.reply(535, "Wrong name or password")
         self.wrong_passwords += 1
@@ -799,7 +809,9 @@ class SecureHandler(Security, ESMTPHandler):
     def do_STARTTLS(self, arg: str) -> None:
         """STARTTLS - goes on encrypted, from the start (RFC 3207)"""
         self.start_tls("STARTTLS", arg)
-        self.helo, self.protocol, self.envelope, self.user = "", "SMTP", None, ""  # RFC 3207 4.2
+        self.helo = self.user = ""  # forget what was said in the clear (RFC 3207 4.2)
+        self.protocol = "SMTP"
+        self.envelope = None
 
     def do_AUTH(self, arg: str) -> None:
         """AUTH PLAIN|LOGIN [base64] - logs in, with name and password (RFC 4954)"""
@@ -890,8 +902,10 @@ class Maildir:
                     os.unlink(f"{folder}/{place}/{name}")
             self.durable.clear()  # somebody may have removed directories
             warn(f"message not kept: {error!r}")
-            full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            raise Refused(452 if full else 451, "Not kept, disk trouble: try again later") from None
+            no_room = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            raise Refused(
+                452 if no_room else 451, "Not kept, disk trouble: try again later"
+            ) from None
 
     def write(self, folder: str, name: str, data: bytes) -> None:
         """Write a message to a file in tmp/, and on to the disk."""
@@ -920,7 +934,8 @@ class Maildir:
 def copy_for(envelope: Envelope, address: str) -> bytes:
     """Return a message as it lies in a mailbox (RFC 5321 4.4), its lines ended by LF."""
     top = f"Return-Path: <{envelope.sender}>\nDelivered-To: {address}\nReceived: {envelope.trace}\n"
-    top += "\n" * envelope.content.startswith((b" ", b"\t"))  # or it would continue the last line
+    if envelope.content.startswith((b" ", b"\t")):
+        top += "\n"  # or the message would continue our last header
     return top.encode() + envelope.content.replace(b"\r\n", b"\n")
 
 
@@ -954,10 +969,11 @@ class POP3Handler(Security):
 
     unknown_verb = 450  # no error to count: mail readers try which verbs there are
     backlog = 4 * 2**20  # octets that may wait for a client that said SUBSCRIBE
-    address = folder = ""  # whose mailbox it is about, and where that is
+    address = ""  # whose mailbox it is about
+    folder = ""  # where that is
     is_open = False
     stored: dict[int, tuple[str, int]] = {}  # by number, the file and the octets of a message
-    messages = stored  # those of them that DELE has not marked; PASS makes both anew
+    messages: dict[int, tuple[str, int]] = {}  # those of them that DELE has not marked
 
     def finish(self) -> None:
         """Let others have the mailbox, then end the session."""
@@ -1040,7 +1056,8 @@ class POP3Handler(Security):
         for file in maildir.files(self.address):  # Trap: only now that nobody else deletes them
             with suppress(Refused):
                 self.stored[len(self.stored) + 1] = (file, len(self.load(file)))
-        self.messages, self.is_open = dict(self.stored), True
+        self.messages = dict(self.stored)
+        self.is_open = True
         self.reply(250, f"{len(self.messages)} messages")
 
     def do_STAT(self, arg: str) -> None:
@@ -1129,6 +1146,7 @@ class POP3Handler(Security):
 
 # ==================================================================================================
 # PART 6: START AND STOP
+# The server that runs, what its console shows of a message, the command line, and main().
 
 
 @dataclass(eq=False, repr=False)
@@ -1178,7 +1196,7 @@ def first_lines(data: bytes | bytearray, most: int, charset: str = "") -> list[s
     more = data.count(b"\n", 0, -1) + 1 - len(lines)  # an LF at the end begins no other line
     bare = "" if charset else "<LF>"
     lines = [line[:-1] if line.endswith("\r") else line + bare for line in lines]
-    return [f"| {line}" for line in lines] + [f"... {more:,} more lines"] * (more > 0)
+    return [f"| {line}" for line in lines] + ([f"... {more:,} more lines"] if more > 0 else [])
 
 
 def split_head(data: bytes | bytearray) -> tuple[Message, bytes | bytearray]:
@@ -1239,16 +1257,18 @@ class Terminal(Console):
         while None not in lines:
             lines = [self.waiting.get()]
             time.sleep(0.01)  # more lines may come, and one print() for all takes less time
-            while not self.waiting.empty():
+            while len(lines) < 1000 and not self.waiting.empty():
                 lines.append(self.waiting.get())
-            if self.missing:
+            if self.missing and self.waiting.empty():
                 lines.append(f"... {self.missing} lines not shown")
                 self.missing = 0
             text = "\n".join(line for line in lines if line is not None)
-            for code, colour in self.colours.items() if self.coloured else ():
-                text = re.sub(rf"(?<=\] )S: ({code})[ -].*", f"\x1b[{colour}m\\g<0>\x1b[0m", text)
+            if self.coloured:
+                for code, colour in self.colours.items():
+                    coloured = f"\x1b[{colour}m\\g<0>\x1b[0m"
+                    text = re.sub(rf"(?<=\] )S: ({code})[ -].*", coloured, text)
             try:
-                print(text, end="\n" * bool(text), flush=True)
+                print(text, end="\n" if text else "", flush=True)
             except (OSError, ValueError):
                 sys.stdout = None  # closed or full: print() is quiet from now on
 
@@ -1342,10 +1362,10 @@ def make_servers(
     given = "--fail or --list"
     try:
         settings = settings_of(flags) | {"console": console, "mailroom": Mailroom()}
-        for name, make in (("users", read_users), ("maildir", Maildir), ("tls", tls_context)):
+        for name, read in (("users", read_users), ("maildir", Maildir), ("tls", tls_context)):
             if values := getattr(flags, name):
                 given = f"--{name} {' '.join(values)}"
-                settings[name] = make(*values)
+                settings[name] = read(*values)
         given, place = f"--host {flags.host} --port {flags.port}", (flags.host, flags.port)
         servers = [MailServer(place, handler, **settings)]
         if flags.pop3_port is not None:

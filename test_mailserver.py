@@ -44,6 +44,7 @@ import io
 import itertools
 import os
 import poplib
+import queue
 import random
 import re
 import shutil
@@ -2325,6 +2326,27 @@ class TerminalTest(unittest.TestCase):
             colours = re.findall(r"\[1\] (\x1b\[3[0-9]m)S: ... \w+\x1b\[0m\n", out.getvalue())
             self.assertEqual(len(set(colours)), 3 if coloured else 0)
             self.assertIn("[1] C: HELO x\n", out.getvalue())
+
+    def test_a_flood_is_printed_in_pieces(self) -> None:
+        class Endless(queue.Queue[Any]):  # as if clients added lines as fast as they are printed
+            taken = 0
+
+            def get(self, *_: Any, **__: Any) -> Any:
+                self.taken += 1
+                return "a line" if self.taken <= 5000 else None
+
+            def empty(self) -> bool:
+                return self.taken > 5000
+
+        with (
+            unittest.mock.patch("mailserver.queue.Queue", Endless),
+            unittest.mock.patch("builtins.print") as printed,
+        ):
+            terminal = mailserver.Terminal()
+            terminal.thread.join(PATIENCE)
+        pieces = [call.args[0].count("a line") for call in printed.call_args_list]
+        self.assertEqual(sum(pieces), 5000)
+        self.assertLessEqual(max(pieces), 1000)
 
 
 class ShapeTest(DialogueTest):
