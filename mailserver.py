@@ -18,11 +18,10 @@ Run "python mailserver.py", type "telnet 127.0.0.1 2525" in a second terminal, a
     C: QUIT
     S: 221 Bye
 
-C is the client, you; S is the server, this file. They speak SMTP (RFC 5321, which is to be read at
-https://www.rfc-editor.org/rfc/rfc5321): to a line that starts with a verb, the server answers with
-a code and a text. 2xx is yes, 3xx "go on", 4xx "not now", 5xx "no". The file is a course; each part
-only adds to those before it, so stop after any. "Trap:" marks a line that looks as if it could be
-left out, or written in an easier way.
+C is the client, you; S is the server, this file. They speak SMTP (RFC 5321): to a line that starts
+with a verb, the server answers with a code and a text. 2xx is yes, 3xx "go on", 4xx "not now", 5xx
+"no". The file is a course: each part only adds to those before it, so stop after any. "Trap:" marks
+a line that looks as if it could be left out, or written in an easier way.
 
     1  A small server       lines in, replies out, five commands, a thread for each client
     2  The whole protocol   the other commands, addresses, extensions
@@ -38,9 +37,8 @@ handle() and finish(). All else is in this file. Each class stands below the one
     LineHandler (StreamRequestHandler)   one session: lines in, replies out
      |- SMTPHandler                      the five commands
      |   `- ESMTPHandler                 all else that mail clients ask for
-     |       `- SecureHandler            STARTTLS and AUTH
-     `- POP3Handler                      collecting mail
-    Security, in part 3, is a mixin: SecureHandler and POP3Handler have its methods as well
+     |       `- SecureHandler            STARTTLS and AUTH; from the mixin Security
+     `- POP3Handler                      collecting mail; from the mixin Security
     SmallServer (ThreadingTCPServer)     accepts clients, gives each a thread, ends them
      `- MailServer                       the settings of the later parts
 
@@ -50,11 +48,10 @@ The road of one command, from the bytes of "RCPT TO:<bob@example.com>" to those 
     read_line    cuts the next line off the bytes that have come
     receive      waits for bytes
     dispatch     finds the method of the verb
-    permit       refuses a command that comes too early or too late
+    refusal      looks whether the command comes too early or too late
     do_RCPT      is the command
     read_path    takes the address out of <bob@example.com>
-    reply        answers, and counts errors
-    send_line    adds a line to the bytes that wait to be sent
+    reply        adds the answer to the bytes that wait to be sent
     flush        sends them, when receive() is about to wait again"""
 
 from __future__ import annotations
@@ -66,6 +63,7 @@ import errno
 import hmac
 import io
 import itertools
+import mailbox
 import os
 import queue
 import re
@@ -74,6 +72,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import struct
 import sys
 import threading
 import time
@@ -81,9 +80,9 @@ import urllib.parse
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from email.message import EmailMessage, Message
+from email.message import EmailMessage
 from functools import cached_property
-from typing import Any, NoReturn, Protocol, get_type_hints, runtime_checkable
+from typing import Any, NoReturn, get_type_hints
 
 __version__ = "2.0"
 ANY_CASE = re.IGNORECASE | re.ASCII  # for commands: upper case is lower case, in ASCII only
@@ -102,29 +101,24 @@ class Gone(Exception):
 
 
 def refuse_if(reason: object, code: int, text: str) -> None:
-    """Raise Refused(code, text) if there is a reason to: refuse_if(not helo, 503, "Send HELO")."""
+    """Raise Refused(code, text) if there is a reason to: refuse_if(too_long, 500, "Too long")."""
     if reason:
         raise Refused(code, text)
 
 
-@runtime_checkable
-class Console(Protocol):
-    """What shows the dialogues and the mail: any object with this method. This one prints."""
+class Console:
+    """What shows the dialogues and the mail. This one prints; a subclass may do something else."""
 
     def show(self, *lines: str) -> None:
         """Show the lines. Neither fail nor take long: a session waits meanwhile."""
         print("\n".join(lines) + "\n", end="", flush=True)
 
 
-class PlainConsole(Console):
-    """A console that prints."""
-
-
 @dataclass(eq=False, repr=False)
 class SmallServer(socketserver.ThreadingTCPServer):
     """Listens at an address, and runs a handler for each client, in a thread of its own. The fields
-    are its settings; at first reading, look at these and go on with LineHandler. Raise TypeError,
-    ValueError or OSError for a setting that makes no sense."""
+    are its settings; TypeError, ValueError or OSError says that one makes no sense. At first
+    reading, look at these and go on with LineHandler."""
 
     address: tuple[str, int]  # host and port; port 0 takes one that is free
     handler: type[LineHandler]
@@ -141,29 +135,41 @@ class SmallServer(socketserver.ThreadingTCPServer):
     request_queue_size = 1024  # clients that wait to be accepted; one more tries for seconds
     numbers = itertools.count(1)  # for the sessions
 
-    def __post_init__(self) -> None:
-        """Check the settings, then listen."""
+    def check_settings(self) -> None:
+        """Raise TypeError or ValueError for a value that makes no sense."""
         for name, declared in get_type_hints(type(self)).items():
             if not isinstance(getattr(self, name), getattr(declared, "__origin__", declared)):
                 raise TypeError(f"{name}={getattr(self, name)!r} is not of type {declared}")
-        self.check_settings()
-        self.sessions: set[LineHandler] = set()
-        self.stopping = ""  # why all sessions are to end, once stop() was called
-        self.loop: threading.Thread | None = None  # the one that runs serve_forever()
-        self.address_family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
-        super().__init__(self.address, self.handler)
-        self.host, self.port = str(self.server_address[0]), int(self.server_address[1])
-
-    def check_settings(self) -> None:
-        """Raise ValueError for a value that makes no sense, OSError for such a port."""
         if not 0 <= self.address[1] <= 65535:
-            raise OSError(errno.EADDRNOTAVAIL, "A port is a number in 0-65535")
+            raise ValueError(f"port {self.address[1]} is not in 0-65535")
         for name in ("max_size", "max_clients", "timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} is not above 0")
         for verb, code in self.fail.items():
             if not hasattr(self.handler, "do_" + verb) or code not in range(400, 600):
                 raise ValueError(f"fail {verb}={code} is not a command and a code from 400 to 599")
+
+    def __post_init__(self) -> None:
+        """Check the settings, then listen."""
+        self.check_settings()
+        self.sessions: set[LineHandler] = set()
+        self.stopping = ""  # why all sessions are to end, once stop() was called
+        self.loop = threading.Thread(target=self.serve_forever, daemon=True)
+        self.address_family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
+        super().__init__(self.address, self.handler)
+        self.host, self.port = str(self.server_address[0]), int(self.server_address[1])
+
+    def start(self) -> None:
+        """Call serve_forever() in a thread of its own; return at once."""
+        self.loop.start()
+
+    def serve_forever(self, poll_interval: float = 0) -> None:
+        """Serve clients until stop() is called. We need no poll_interval."""
+        while not self.stopping:
+            try:
+                self.process_request(*self.get_request())
+            except (OSError, RuntimeError):  # no file descriptor or thread is left: wait for one
+                time.sleep(0.1)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a client that has connected: in a thread, or right here if serial."""
@@ -174,36 +180,16 @@ class SmallServer(socketserver.ThreadingTCPServer):
         else:
             super().process_request(request, client_address)
 
-    def serve_forever(self, poll_interval: float = 0) -> None:
-        """Serve clients until stop() is called. We need no poll_interval."""
-        self.loop = threading.current_thread()
-        while not self.stopping:
-            try:
-                self.process_request(*self.get_request())
-            except OSError:  # no file descriptor is left: clients have to wait
-                time.sleep(0.1)
-            except RuntimeError:  # no thread is left: this client has to go
-                self.handle_error(None, None)
-
-    def start(self) -> None:
-        """Call serve_forever() in a thread of its own; return at once."""
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say in one line what failed outside of handle(); socketserver prints a traceback."""
         warn(f"session failed: {sys.exc_info()[1]!r}")
-
-    def describe(self, envelope: Envelope) -> list[str]:
-        """Hook: return the lines in which the console shows a message."""
-        text = envelope.content.decode("utf-8", "backslashreplace").splitlines()
-        return [f"from {envelope.sender} to {envelope.recipients}", *(f"| {line}" for line in text)]
 
     # A session ends when a command replies 221 or 421, after 20 errors (reply), when the client is
     # gone or silent (receive) or reads nothing (flush), after a failure of ours (handle), and by a
     # farewell: setup() sets it for one client too many, stop() for all. Then read_line() or
     # receive() raises Refused(421) with it: only a session's own thread writes to its client.
 
-    def stop(self) -> None:
+    def stop(self, *exception: object) -> None:
         """Send 421 to all clients and free the port. A session's own thread may call this, too."""
         self.stopping = "The server is stopping: try again later"
         self.wait_for_sessions(0.02)  # a client may be about to say QUIT
@@ -211,11 +197,12 @@ class SmallServer(socketserver.ThreadingTCPServer):
             session.hang_up(self.stopping)
         for session in self.wait_for_sessions(self.grace):
             session.cut()
-        with suppress(OSError):  # be a client, to wake serve_forever()
-            socket.create_connection((self.host, self.port), timeout=1).close()
-        if self.loop and self.loop != threading.current_thread():
+        with suppress(OSError, RuntimeError):  # the loop never started, or calls this itself
+            socket.create_connection((self.host, self.port), timeout=1).close()  # to wake the loop
             self.loop.join(self.grace)
         self.server_close()
+
+    __exit__ = stop  # at the end of a with block
 
     def wait_for_sessions(self, seconds: float) -> set[LineHandler]:
         """Wait until no session is left but the one that calls this. Return those that are."""
@@ -225,9 +212,9 @@ class SmallServer(socketserver.ThreadingTCPServer):
             time.sleep(0.002)
         return others
 
-    def __exit__(self, *exception: object) -> None:
-        """Stop at the end of a with block."""
-        self.stop()
+
+# Verbs, a function that tells whether a session is in no state for them, and the reply if so.
+Rules = tuple[tuple[set[str], Callable[[Any], object], int, str], ...]
 
 
 class LineHandler(socketserver.StreamRequestHandler):
@@ -247,11 +234,17 @@ class LineHandler(socketserver.StreamRequestHandler):
     code = 0  # of the last reply
     errors = 0  # how many replies had a code from 500 up
     pasted = 0.0  # when a line with "C:" in front came last, in seconds
+    rules: Rules = ()  # when a command does not fit: see refusal()
 
     def setup(self) -> None:
         """Prepare the session, and find out whether the client can stay."""
         super().setup()
-        self.connection.settimeout(min(self.server.timeout, 10**6))
+        seconds = min(self.server.timeout, 10**6)
+        self.connection.settimeout(seconds if os.name == "nt" else None)
+        if os.name != "nt":  # let the kernel wait: Python would call poll() before each recv()
+            wait = struct.pack("ll", int(seconds), max(1, int(seconds % 1 * 10**6)))
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
         self.received = bytearray()  # from the client, and not used yet
         self.unsent = bytearray()  # for the client: flush() sends it
         self.thread = threading.current_thread()
@@ -293,32 +286,33 @@ class LineHandler(socketserver.StreamRequestHandler):
         web = verb in ("GET", "POST", "CONNECT")  # a web page can have your browser connect to us
         refuse_if(web, 421, "This is a mail server: take your browser elsewhere")
         if verb in ("C:", "S:"):  # a pasted dialogue gets one answer, not one for each line
-            before = self.pasted
+            recent = time.monotonic() - self.pasted < 1
             self.pasted = time.monotonic()
-            refuse_if(self.pasted - before > 1, 500, 'Leave out the "C: ", send what follows')
+            refuse_if(not recent, 500, 'Leave out the "C: ", send what follows')
             return
         command = getattr(self, "do_" + verb, None)
         if not command:
             raise Refused(self.unknown_verb, "Unknown verb: try " + " ".join(self.verbs()))
-        self.permit(verb)
+        if refusal := self.refusal(verb):
+            raise refusal
         self.code = 0
         command(arg.strip())
         if self.code // 100 in (0, 3):  # 354 is only the first half of an answer
             raise RuntimeError(f"do_{verb} sent no reply")
 
-    def permit(self, verb: str) -> None:
-        """Hook: raise Refused if a command does not fit the state of the session."""
+    def refusal(self, verb: str) -> Refused | None:
+        """Return why a command does not fit the state of the session, or None if it does."""
         if verb in self.server.fail:
-            raise Refused(self.server.fail[verb], "Refused on purpose, as --fail says")
+            return Refused(self.server.fail[verb], "Refused on purpose, as --fail says")
+        for verbs, does_not_fit, code, text in self.rules:
+            if verb in verbs and does_not_fit(self):
+                return Refused(code, text)
+        return None
 
     def verbs(self) -> list[str]:
         """Return the verbs of the commands that fit the state of the session."""
-        verbs = []
-        for verb in (name[3:] for name in dir(self) if name.startswith("do_")):
-            with suppress(Refused):
-                self.permit(verb)
-                verbs.append(verb)
-        return verbs
+        verbs = [name[3:] for name in dir(self) if name.startswith("do_")]
+        return [verb for verb in verbs if not self.refusal(verb)]
 
     def match(self, verb: str, pattern: str, arg: str) -> re.Match[str]:
         """Match a whole argument with a pattern, in any case. Raise Refused(501): the syntax."""
@@ -333,7 +327,12 @@ class LineHandler(socketserver.StreamRequestHandler):
     def reply(self, code: int, *lines: str) -> None:
         """Answer with a code and one line or more. Hang up after 20 errors."""
         for line in self.format_reply(code, *lines):
-            self.send_line(line)
+            # Trap: a line end in it would start a second reply
+            data = line.replace("\r", " ").replace("\n", " ").encode("utf-8", "backslashreplace")
+            self.unsent += data + b"\r\n"
+            self.log("S: ", line)
+        if len(self.unsent) > 64 * 1024:
+            self.flush()
         self.code = code
         self.errors += code >= 500
         if code >= 500 and self.errors >= 20:
@@ -342,14 +341,6 @@ class LineHandler(socketserver.StreamRequestHandler):
     def format_reply(self, code: int, *lines: str) -> list[str]:
         """Hook: return the lines of a reply. "-" says that another follows (RFC 5321 4.2.1)."""
         return [f"{code}-{line}" for line in lines[:-1]] + [f"{code} {lines[-1]}"]
-
-    def send_line(self, line: str) -> None:
-        """Add a line to those that flush() sends; when they are many, send them."""
-        line = line.replace("\r", " ").replace("\n", " ")  # Trap: they would start a second reply
-        self.log("S: ", line)
-        self.unsent += line.encode("utf-8", "backslashreplace") + b"\r\n"
-        if len(self.unsent) > 64 * 1024:
-            self.flush()
 
     def log(self, who: str, *lines: str) -> None:
         """Show lines on the console: who is "C: " or "S: ", or "-: " for a remark of ours."""
@@ -362,10 +353,6 @@ class LineHandler(socketserver.StreamRequestHandler):
     def conceal(self, line: str) -> str:
         """Hook: return a client's line as the console may show it, without a password."""
         return line
-
-    def name_session(self, name: str) -> None:
-        """Put a name into the mark: the first word of a domain or an address, 12 letters of it."""
-        self.mark = f"[{self.number} {re.sub('[^A-Za-z0-9_-].*', '', name)[:12] or '?'}]"
 
     def do_NOOP(self, arg: str) -> None:
         """NOOP [anything] - does nothing, and says so (RFC 5321 4.1.1.9)"""
@@ -393,9 +380,8 @@ class LineHandler(socketserver.StreamRequestHandler):
             for char in typed:
                 text = text[:-1] if char in "\b\x7f" else text + char
         self.log("C: ", text)
-        refuse_if(
-            len(line) > self.line_limit, 500, f"Line too long: {self.line_limit} octets at most"
-        )
+        too_long = len(line) > self.line_limit
+        refuse_if(too_long, 500, f"Line too long: {self.line_limit} octets at most")
         return text
 
     def receive(self) -> None:
@@ -403,7 +389,7 @@ class LineHandler(socketserver.StreamRequestHandler):
         self.flush()  # not sooner: ten commands in one packet get ten replies in one packet
         try:
             data = self.connection.recv(64 * 1024)
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             raise Refused(421, "Nothing heard for too long") from None
         except OSError:
             data = b""  # a connection that breaks is as good as one that ends
@@ -425,9 +411,9 @@ class LineHandler(socketserver.StreamRequestHandler):
         try:
             while self.unsent:
                 del self.unsent[: self.connection.send(self.unsent[: 64 * 1024])]
-        except OSError as error:
-            if isinstance(error, TimeoutError):
-                raise Gone("(cut off: it read nothing for too long)") from None
+        except (TimeoutError, BlockingIOError):
+            raise Gone("(cut off: it read nothing for too long)") from None
+        except OSError:
             raise Gone(self.farewell) from None
 
     def hang_up(self, farewell: str) -> None:
@@ -445,33 +431,29 @@ class LineHandler(socketserver.StreamRequestHandler):
 def printable(text: str) -> str:
     """Return 500 characters of text, escaping what could clear a terminal, or type into it."""
     text = text[:500].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)[:500]
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return text[:500]
 
 
 def warn(text: str) -> None:
-    """Tell the person who runs the server, on stderr; do nothing if stderr is closed or full."""
-    try:
+    """Tell the person who runs the server, on stderr."""
+    with suppress(AttributeError, OSError, ValueError):  # it is closed, or full
         sys.stderr.write(f"mailserver: {printable(text)}\n")
-    except (AttributeError, OSError, ValueError):
-        sys.stderr = None  # else Python would fail once more, when it ends
 
 
-@dataclass(repr=False)
+@dataclass
 class Envelope:
     """A message, and who it is from and for. Delivery ignores the From: and To: in the message."""
 
     sender: str  # the reverse-path: where it bounces to; "" is nowhere (RFC 5321 4.5.5)
     recipients: list[str] = field(default_factory=list)
-    content: bytearray = field(default_factory=bytearray)  # the message, as it came
+    content: bytearray = field(default_factory=bytearray, repr=False)  # the message, as it came
     session: int = 0  # its number
     helo: str = ""  # what the client calls itself
     peer: str = ""  # its IP address
     user: str = ""  # who has logged in
     trace: str = ""  # what the Received: header says (RFC 5321 4.4)
-
-    def __repr__(self) -> str:
-        """Return what helps when a test fails."""
-        return f"<Envelope {self.sender!r} to {self.recipients}: {bytes(self.content[:60])!r}...>"
 
     @cached_property
     def message(self) -> EmailMessage:
@@ -492,15 +474,13 @@ class SMTPHandler(LineHandler):
     # A last line that was meant to end the message, but does not: a command, or a dot and a blank.
     stray = rb"(?i)\n(HELP|QUIT|RSET|NOOP|DATA|(?:HELO|EHLO|MAIL|RCPT) [^\r]*|\. +)\r?\n\Z"
 
-    def permit(self, verb: str) -> None:
-        """Refuse a command that comes too early or too late (RFC 5321 4.1.4)."""
-        super().permit(verb)
-        refuse_if(verb == "MAIL" and not self.helo, 503, "Send HELO before MAIL FROM")
-        refuse_if(verb == "MAIL" and self.envelope, 503, "Send RCPT TO and DATA, or RSET, first")
-        refuse_if(verb == "RCPT" and not self.envelope, 503, "Send MAIL FROM before RCPT TO")
-        refuse_if(verb == "DATA" and not self.envelope, 503, "Send MAIL FROM before DATA")
-        nobody = self.envelope and not self.envelope.recipients
-        refuse_if(verb == "DATA" and nobody, 503, "Send RCPT TO before DATA")
+    rules: Rules = (  # RFC 5321 4.1.4
+        ({"MAIL"}, lambda s: not s.helo, 503, "Send HELO before MAIL FROM"),
+        ({"MAIL"}, lambda s: s.envelope, 503, "Send RCPT TO and DATA, or RSET, first"),
+        ({"RCPT"}, lambda s: not s.envelope, 503, "Send MAIL FROM before RCPT TO"),
+        ({"DATA"}, lambda s: not s.envelope, 503, "Send MAIL FROM before DATA"),
+        ({"DATA"}, lambda s: not s.envelope.recipients, 503, "Send RCPT TO before DATA"),
+    )
 
     def do_HELO(self, arg: str) -> None:
         """HELO your-domain.example - says who you are (RFC 5321 4.1.1.1)"""
@@ -510,9 +490,9 @@ class SMTPHandler(LineHandler):
     def introduce(self, verb: str, arg: str) -> None:
         """Note who the client is. Drop a message that is under way."""
         self.helo = self.match(verb, "[!-~]{1,255}", arg)[0]
+        self.mark = f"[{self.number} {re.sub('[^A-Za-z0-9_-].*', '', self.helo)[:12] or '?'}]"
         self.protocol = "SMTP" if verb == "HELO" else "ESMTP"
         self.envelope = None
-        self.name_session(self.helo)
 
     def do_MAIL(self, arg: str) -> None:
         """MAIL FROM:<sender@example.com> - opens an envelope (RFC 5321 4.1.1.2)"""
@@ -545,8 +525,8 @@ class SMTPHandler(LineHandler):
 
     def deliver(self, envelope: Envelope) -> None:
         """Hook: take a message, before the 250. Raise Refused if that can't be."""
-        if self.server.console:
-            self.log("", *self.server.describe(envelope))
+        text = envelope.content.decode("utf-8", "backslashreplace")
+        self.log("", f"from {envelope.sender} to {envelope.recipients}", *text.splitlines())
 
     def read_message(self) -> bytearray:
         """Return the message up to the dot, with dot-stuffing undone: "..x" is ".x" (RFC 5321
@@ -580,7 +560,7 @@ class SMTPHandler(LineHandler):
 
 def serve(port: int = 2525, serial: bool = False) -> None:
     """Run the small server until Ctrl-C."""
-    with SmallServer(("127.0.0.1", port), SMTPHandler, serial, console=PlainConsole()) as server:
+    with SmallServer(("127.0.0.1", port), SMTPHandler, serial, console=Console()) as server:
         print("Listening on port", server.port, flush=True)
         server.start()
         with suppress(KeyboardInterrupt):
@@ -598,17 +578,19 @@ class ESMTPHandler(SMTPHandler):
 
     server: MailServer
     hostname = re.sub("[^A-Za-z0-9.-]", "-", socket.gethostname())
+    extensions = ["EXPN", "HELP"]  # commands that EHLO names, if they fit
     utf8 = False  # MAIL came with SMTPUTF8: addresses may have letters beyond ASCII
 
     # Addresses: RFC 5321 4.1.2; beyond ASCII, RFC 6531 3.3. The route in <@relay:bob@x> is skipped.
-    _letter = r"A-Za-z0-9\xa1-\U0010ffff"
-    _atom = rf"[{_letter}!#$%&'*+/=?^_`{{|}}~-]+"  # bob
-    _local = rf'(?:{_atom}(?:\.{_atom})*|"(?:[{_letter} !#-\[\]-~]|\\[ -~])*")'  # ann.lee
-    _label = rf"[{_letter}]+(?:-+[{_letter}]+)*"  # my-host
+    _letter = r"[^\0-/:-@\[-`{-\xa0]"  # or a digit
+    _atom = r'[^\0- "(),.:;<>@\[\\\]\x7f-\xa0]+'  # bob
+    _local = rf'(?:{_atom}(?:\.{_atom})*|"(?:[^\0-\x1f"\\\x7f-\xa0]|\\[ -~])*")'  # ann.lee
+    _label = rf"{_letter}+(?:-+{_letter}+)*"  # my-host
     _literal = r"\[(?:\d+(?:\.\d+){3}|(?i:IPv6):[0-9A-Fa-f:.]+)\]"  # [192.0.2.1]
     _domain = rf"(?:{_label}(?:\.{_label})*|{_literal})"
     address = rf"(?!.*[\udc80-\udcff]){_local}@{_domain}"  # these are bytes that are not UTF-8
-    path = rf"<(?:(?:@{_domain}(?:,@{_domain})*:)?({address}|{_atom}))?>"
+    _path = rf"<(?:(?:@{_domain}(?:,@{_domain})*:)?({address}|{_atom}))?>((?: +[!-~]+)*)"
+    paths = {"MAIL": f"(?i:FROM): *{_path}", "RCPT": f"(?i:TO): *{_path}"}
     faults = {  # what is wrong with FROM:<address> or TO:<address> if it does not start like this
         "No colon": "[A-Z]+:",
         "No address": r"[A-Z]+: *\S",
@@ -625,9 +607,9 @@ class ESMTPHandler(SMTPHandler):
 
     def read_path(self, verb: str, arg: str) -> str:
         """Return the address of MAIL or RCPT. Raise Refused; 501 names the first fault."""
-        keyword = "FROM" if verb == "MAIL" else "TO"
-        fits = re.fullmatch(f"(?i:{keyword}): *{self.path}((?: +[!-~]+)*)", arg, re.ASCII)
+        fits = re.fullmatch(self.paths[verb], arg, re.ASCII)
         if not fits:
+            keyword = "FROM" if verb == "MAIL" else "TO"
             starts = {f"No {keyword}": keyword, **self.faults}
             faults = (fault for fault in starts if not re.match(starts[fault], arg, ANY_CASE))
             syntax = self.explain(verb).partition(" - ")[0]
@@ -660,11 +642,6 @@ class ESMTPHandler(SMTPHandler):
         refuse_if(too_big, 552, f"Message too big: send {self.server.max_size} octets at most")
         self.utf8 = "SMTPUTF8" in values or (self.utf8 and verb == "RCPT")
 
-    def extensions(self) -> list[str]:
-        """Hook: return what EHLO lists. PIPELINING (RFC 2920) is in receive()."""
-        size = f"SIZE {self.server.max_size}"
-        return [size, "8BITMIME", "PIPELINING", "SMTPUTF8", "EXPN", "HELP"]
-
     def deliver(self, envelope: Envelope) -> None:
         """Store a message, publish it (part 4), show it. Raise Refused(4xx) if it can't be kept."""
         members: list[str] = []  # of lists; a real one would also have bounces go to itself
@@ -679,12 +656,15 @@ class ESMTPHandler(SMTPHandler):
         if self.server.maildir:
             self.server.maildir.store(envelope)
         self.server.mailroom.publish(envelope)
-        super().deliver(envelope)
+        if self.server.console:
+            self.log("", *describe(envelope))  # part 6
 
     def do_EHLO(self, arg: str) -> None:
         """EHLO your-domain.example - says who you are, and asks what there is"""
         self.introduce("EHLO", arg)
-        self.reply(250, "Hello", *self.extensions())
+        more = [name for name in self.extensions if name.split()[0] in self.verbs()]
+        size = f"SIZE {self.server.max_size}"
+        self.reply(250, "Hello", size, "8BITMIME", "PIPELINING", "SMTPUTF8", *more)
 
     def do_RSET(self, arg: str) -> None:
         """RSET - drops the message that is under way (RFC 5321 4.1.1.5)"""
@@ -702,8 +682,10 @@ class ESMTPHandler(SMTPHandler):
     def do_VRFY(self, arg: str) -> None:
         """VRFY user - asks whether there is such a user (RFC 5321 3.5)"""
         name = self.match("VRFY", "<?([^<> ]+)>?(?: +SMTPUTF8)?", arg)[1].lower()
-        folders = self.server.maildir.addresses() if self.server.maildir else []
-        for address in (*self.server.lists, *self.server.users, *folders):
+        known = [*self.server.lists, *self.server.users]
+        if self.server.maildir and os.path.isdir(self.server.maildir.root):
+            known += map(urllib.parse.unquote, os.listdir(self.server.maildir.root))
+        for address in known:
             if name in (address.lower(), address.lower().rpartition("@")[0]):
                 return self.reply(250, f"<{address}>")
         refuse_if(self.server.users, 550, "No such user")
@@ -728,6 +710,10 @@ class Security(LineHandler):
     server: MailServer
     wrong_passwords = 0
     expects_secret = False  # the next line that is no command may be a password
+    rules: Rules = (
+        ({"STARTTLS", "STLS"}, lambda s: not s.server.tls, 502, "No TLS: the server needs --tls"),
+        ({"STARTTLS", "STLS"}, lambda s: s.encrypted, 503, "TLS is on already"),
+    )
 
     def start_tls(self, verb: str, arg: str) -> None:
         """Go on in TLS. Raise Gone if the client can't."""
@@ -736,9 +722,10 @@ class Security(LineHandler):
         self.flush()
         self.received.clear()  # Trap: it came in the clear, so who knows by whom (CVE-2011-0411)
         tcp, tls = self.connection, self.server.tls
-        assert tls  # permit() has looked
+        assert tls  # refusal() has looked
         try:  # in two steps, so that cut() can end the second one
             self.connection = tls.wrap_socket(tcp, server_side=True, do_handshake_on_connect=False)
+            self.connection.settimeout(min(self.server.timeout, 10**6))  # OpenSSL needs Python's
             self.connection.do_handshake()
         except OSError as error:
             raise Gone(f"TLS failed: {error}") from None
@@ -751,13 +738,6 @@ class Security(LineHandler):
                 tls.settimeout(0)  # do not wait for the client's close_notify
                 tls.unwrap()
         super().finish()
-
-    def permit(self, verb: str) -> None:
-        """Refuse STARTTLS and STLS if there is no TLS, or no more."""
-        super().permit(verb)
-        if verb in ("STARTTLS", "STLS"):
-            refuse_if(not self.server.tls, 502, "No TLS here: the server was started without --tls")
-            refuse_if(self.encrypted, 503, "TLS is on already")
 
     def log_in(self, name: str, password: str) -> bool:
         """Return whether a user may log in; if not, reply so. Raise Refused(421) the third time."""
@@ -790,21 +770,21 @@ class SecureHandler(Security, ESMTPHandler):
     """SMTP with STARTTLS and AUTH: what this program speaks."""
 
     line_limit = 12288  # octets; for the answers that AUTH gets (RFC 4954 4)
-
-    def extensions(self) -> list[str]:
-        """Return what EHLO lists. Trap: clients that see STARTTLS insist on it, so it must work."""
-        more = {"STARTTLS": "STARTTLS", "AUTH": "AUTH PLAIN LOGIN"}
-        return super().extensions() + [more[verb] for verb in self.verbs() if verb in more]
-
-    def permit(self, verb: str) -> None:
-        """Refuse MAIL without a password if there must be one, and AUTH at the wrong time."""
-        super().permit(verb)
-        closed = self.server.require_auth and not self.user
-        refuse_if(verb == "MAIL" and closed, 530, "Send AUTH before MAIL FROM")
-        if verb == "AUTH":
-            refuse_if(self.server.tls and not self.encrypted, 538, "Send STARTTLS before AUTH")
-            refuse_if(self.protocol == "SMTP", 503, "Send EHLO before AUTH")
-            refuse_if(self.envelope or self.user, 503, "Send AUTH once, and before MAIL FROM")
+    # Trap: clients that see STARTTLS insist on it, so do_EHLO() names only what fits
+    extensions = [*ESMTPHandler.extensions, "STARTTLS", "AUTH PLAIN LOGIN"]
+    rules: Rules = (
+        *ESMTPHandler.rules,
+        *Security.rules,
+        (
+            {"MAIL"},
+            lambda s: s.server.require_auth and not s.user,
+            530,
+            "Send AUTH before MAIL FROM",
+        ),
+        ({"AUTH"}, lambda s: s.server.tls and not s.encrypted, 538, "Send STARTTLS before AUTH"),
+        ({"AUTH"}, lambda s: s.protocol == "SMTP", 503, "Send EHLO before AUTH"),
+        ({"AUTH"}, lambda s: s.envelope or s.user, 503, "Send AUTH once, and before MAIL FROM"),
+    )
 
     def do_STARTTLS(self, arg: str) -> None:
         """STARTTLS - goes on encrypted, from the start (RFC 3207)"""
@@ -816,21 +796,17 @@ class SecureHandler(Security, ESMTPHandler):
     def do_AUTH(self, arg: str) -> None:
         """AUTH PLAIN|LOGIN [base64] - logs in, with name and password (RFC 4954)"""
         mechanism, initial = self.match("AUTH", "([!-~]+) *(.*)", arg).groups()
-        method = "auth_" + mechanism.upper()
-        refuse_if(not hasattr(self, method), 504, "Send AUTH PLAIN or AUTH LOGIN")
-        if self.log_in(*getattr(self, method)(initial)):
+        if mechanism.upper() == "PLAIN":  # RFC 4616; in front may stand whom to act for: oneself
+            answer = re.fullmatch("(.*)\0(.+)\0(.+)", self.ask("", initial), re.DOTALL)
+            if not answer or answer[1] not in ("", answer[2]):
+                raise Refused(501, "Send base64 of NUL, name, NUL, password")
+            name, password = answer[2], answer[3]
+        elif mechanism.upper() == "LOGIN":  # never was a standard, but many clients know it
+            name, password = self.ask("Username:", initial), self.ask("Password:")
+        else:
+            raise Refused(504, "Send AUTH PLAIN or AUTH LOGIN")
+        if self.log_in(name, password):
             self.reply(235, "Welcome")
-
-    def auth_PLAIN(self, initial: str) -> tuple[str, str]:
-        """Return name and password (RFC 4616). In front may stand whom to act for: only oneself."""
-        parts = self.ask("", initial).split("\0", 2)
-        fine = len(parts) == 3 and parts[0] in ("", parts[1])
-        refuse_if(not fine, 501, "Send base64 of NUL, name, NUL, password")
-        return parts[1], parts[2]
-
-    def auth_LOGIN(self, initial: str) -> tuple[str, str]:
-        """Return name and password. LOGIN never was a standard, but many clients know it."""
-        return self.ask("Username:", initial), self.ask("Password:")
 
     def ask(self, question: str, answer: str = "") -> str:
         """Ask, if the answer is not here yet; decode it. Raise Refused(501) if it is no base64."""
@@ -872,18 +848,6 @@ class Maildir:
         refuse_if(len(name) > 255, 553, "Address too long to keep mail for")
         return os.path.join(self.root, name)
 
-    def addresses(self) -> list[str]:
-        """Return all addresses that have a directory."""
-        names = os.listdir(self.root) if os.path.isdir(self.root) else []
-        return [urllib.parse.unquote(name) for name in names]
-
-    def files(self, address: str) -> list[str]:
-        """Return the files of an address's messages, the oldest first."""
-        folder = self.folder(address)
-        places = filter(os.path.isdir, (f"{folder}/new", f"{folder}/cur"))
-        found = [f"{place}/{name}" for place in places for name in os.listdir(place)]
-        return sorted(filter(os.path.isfile, found), key=os.path.basename)
-
     def store(self, envelope: Envelope) -> None:
         """Keep a copy for each recipient. If one fails, keep none and raise Refused(451 or 452)."""
         now = f"{time.time():.6f}".replace(".", ".M")  # seconds, microseconds
@@ -892,7 +856,7 @@ class Maildir:
         copies = {self.folder(address): address for address in envelope.recipients}
         try:
             for folder, address in copies.items():
-                self.write(folder, name, copy_for(envelope, address))
+                self.write(folder, name, envelope, address)
             for folder in copies:
                 os.rename(f"{folder}/tmp/{name}", f"{folder}/new/{name}")
                 self.sync(f"{folder}/new")
@@ -902,13 +866,12 @@ class Maildir:
                     os.unlink(f"{folder}/{place}/{name}")
             self.durable.clear()  # somebody may have removed directories
             warn(f"message not kept: {error!r}")
-            no_room = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            raise Refused(
-                452 if no_room else 451, "Not kept, disk trouble: try again later"
-            ) from None
+            full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            code = 452 if full else 451
+            raise Refused(code, "Not kept, disk trouble: try again later") from None
 
-    def write(self, folder: str, name: str, data: bytes) -> None:
-        """Write a message to a file in tmp/, and on to the disk."""
+    def write(self, folder: str, name: str, envelope: Envelope, address: str) -> None:
+        """Write the copy for an address (RFC 5321 4.4) to a file in tmp/, and on to the disk."""
         if folder not in self.durable or not os.path.isdir(f"{folder}/new"):
             self.durable.discard(folder)  # somebody may have removed it
             for place in ("tmp", "cur", "new"):
@@ -916,8 +879,12 @@ class Maildir:
             for changed in (folder, self.root, os.path.dirname(self.root)):
                 self.sync(changed)
             self.durable.add(folder)  # Trap: not sooner, or another session skips what is not done
+        top = f"Return-Path: <{envelope.sender}>\nDelivered-To: {address}\n"
+        top += f"Received: {envelope.trace}\n"
+        if envelope.content.startswith((b" ", b"\t")):
+            top += "\n"  # or the message would continue our last header
         with open(f"{folder}/tmp/{name}", "xb") as file:
-            file.write(data)
+            file.write(top.encode() + envelope.content.replace(b"\r\n", b"\n"))
             file.flush()
             os.fsync(file.fileno())  # Trap: until here it is in memory only, and a crash takes it
 
@@ -931,19 +898,11 @@ class Maildir:
                 os.close(entry)
 
 
-def copy_for(envelope: Envelope, address: str) -> bytes:
-    """Return a message as it lies in a mailbox (RFC 5321 4.4), its lines ended by LF."""
-    top = f"Return-Path: <{envelope.sender}>\nDelivered-To: {address}\nReceived: {envelope.trace}\n"
-    if envelope.content.startswith((b" ", b"\t")):
-        top += "\n"  # or the message would continue our last header
-    return top.encode() + envelope.content.replace(b"\r\n", b"\n")
-
-
-@dataclass
 class Mailroom:
     """Publish and subscribe: a sender need not know who wants the message, nor how many do."""
 
-    subscribers: list[Callable[[Envelope], object]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.subscribers: list[Callable[[Envelope], object]] = []
 
     def subscribe(self, subscriber: Callable[[Envelope], object]) -> None:
         """Have a function called with each accepted message, before its 250, by its session."""
@@ -964,49 +923,59 @@ class Mailroom:
 
 
 class POP3Handler(Security):
-    """USER and PASS open a mailbox; the other commands are about what is in it at that moment.
-    DELE only marks a message, and QUIT deletes it: a broken line loses nothing (RFC 1939 6)."""
+    """USER and PASS open a mailbox, and its messages get numbers. DELE only marks a message, and
+    QUIT deletes it: a connection that breaks loses nothing (RFC 1939 6)."""
 
     unknown_verb = 450  # no error to count: mail readers try which verbs there are
-    backlog = 4 * 2**20  # octets that may wait for a client that said SUBSCRIBE
     address = ""  # whose mailbox it is about
-    folder = ""  # where that is
-    is_open = False
-    stored: dict[int, tuple[str, int]] = {}  # by number, the file and the octets of a message
+    folder = ""  # where that is, once it is open
+    box: mailbox.Maildir | None = None  # what reads it, if there is one
+    stored: dict[int, tuple[str, int]] = {}  # by number, a message's name in it, and its octets
     messages: dict[int, tuple[str, int]] = {}  # those of them that DELE has not marked
+    inside = {"STAT", "LIST", "UIDL", "RETR", "TOP", "DELE", "RSET", "SUBSCRIBE"}
+    rules: Rules = (  # RFC 1939 3
+        *Security.rules,
+        ({"USER", "PASS", "STLS"}, lambda s: s.folder, 503, "The mailbox is open already"),
+        ({"PASS"}, lambda s: not s.address, 503, "Send USER before PASS"),
+        (inside, lambda s: not s.folder, 503, "Send USER and PASS first"),
+    )
 
     def finish(self) -> None:
         """Let others have the mailbox, then end the session."""
-        if self.server.maildir and self.server.maildir.holders.get(self.folder) is self:
-            del self.server.maildir.holders[self.folder]
+        if self.folder and self.server.maildir:
+            self.server.maildir.holders.pop(self.folder, None)
         super().finish()
 
     def format_reply(self, code: int, *lines: str) -> list[str]:
         """Return the lines of a reply: +OK or -ERR for the code, then the rest as it is."""
         return [("+OK " if code < 400 else "-ERR ") + lines[0], *lines[1:]]
 
-    def permit(self, verb: str) -> None:
-        """Refuse a command that does not fit the state of the session (RFC 1939 3)."""
-        super().permit(verb)
-        opening = verb in ("USER", "PASS", "STLS")
-        refuse_if(opening and self.is_open, 503, "The mailbox is open already")
-        early = not opening and verb not in ("CAPA", "NOOP", "QUIT") and not self.is_open
-        refuse_if(early, 503, "Send USER and PASS first")
-        refuse_if(verb == "PASS" and not self.address, 503, "Send USER before PASS")
+    def look(self) -> list[int]:
+        """Give numbers to the messages that came since the last look. Return the numbers."""
+        if self.box is None and os.path.isdir(f"{self.folder}/new"):
+            self.box = mailbox.Maildir(self.folder)
+        names = set(self.box.keys()) if self.box is not None else set()
+        first = len(self.stored) + 1
+        for name in sorted(names - {known for known, _ in self.stored.values()}):
+            with suppress(Refused):
+                self.stored[len(self.stored) + 1] = (name, len(self.load(name)))
+        new = list(range(first, len(self.stored) + 1))
+        self.messages.update({number: self.stored[number] for number in new})
+        return new
+
+    def load(self, name: str) -> bytes:
+        """Return a message, with CRLF in place of the file's LF. Raise Refused(450)."""
+        assert self.box is not None  # look() has found the message in it
+        try:
+            return self.box.get_bytes(name).replace(b"\n", b"\r\n")
+        except (KeyError, OSError):
+            raise Refused(450, "Not there any more: send QUIT and connect again") from None
 
     def pick(self, verb: str, number: str) -> int:
         """Return the number of a message, from an argument. Raise Refused(501 or 550)."""
         n = int(self.match(verb, "[0-9]{1,9}", number)[0])
         refuse_if(n not in self.messages, 550, "No such message: LIST shows what there is")
         return n
-
-    def load(self, file: str) -> bytes:
-        """Return a message, with CRLF in place of the file's LF. Raise Refused(450)."""
-        try:
-            with open(file, "rb") as opened:
-                return opened.read().replace(b"\n", b"\r\n")
-        except OSError:
-            raise Refused(450, "Not there any more: send QUIT and connect again") from None
 
     def send_message(self, data: bytes) -> None:
         """Send a message, the dots doubled that start a line, and behind it a line with a dot."""
@@ -1016,7 +985,7 @@ class POP3Handler(Security):
         self.flush()  # not later: a client may ask for a thousand in one packet
         self.log("-: ", f"{len(data)} octets sent")
 
-    def list_values(self, verb: str, arg: str, values: dict[int, str]) -> None:
+    def list_values(self, verb: str, arg: str, values: dict[int, object]) -> None:
         """Answer LIST or UIDL: a line for each message, or just that for the one named."""
         if arg:
             number = self.pick(verb, arg)
@@ -1039,7 +1008,6 @@ class POP3Handler(Security):
         readable = self.server.tls and self.server.users and not self.encrypted
         refuse_if(readable, 538, "Send STLS before USER")
         self.address = self.match("USER", f"{ESMTPHandler.address}|postmaster", arg)[0]
-        self.name_session(self.address)
         self.reply(250, "Send PASS")
 
     def do_PASS(self, arg: str) -> None:
@@ -1049,15 +1017,11 @@ class POP3Handler(Security):
         maildir = self.server.maildir
         if not maildir:
             raise Refused(550, "No mailboxes here: the server was started without --maildir")
-        self.folder = maildir.folder(self.address)
-        busy = maildir.holders.setdefault(self.folder, self) is not self
+        folder = maildir.folder(self.address)
+        busy = maildir.holders.setdefault(folder, self) is not self
         refuse_if(busy, 450, "[IN-USE] Another session has the mailbox open: try again later")
-        self.stored = {}
-        for file in maildir.files(self.address):  # Trap: only now that nobody else deletes them
-            with suppress(Refused):
-                self.stored[len(self.stored) + 1] = (file, len(self.load(file)))
-        self.messages = dict(self.stored)
-        self.is_open = True
+        self.folder, self.stored, self.messages = folder, {}, {}
+        self.look()  # Trap: only now that nobody else deletes them
         self.reply(250, f"{len(self.messages)} messages")
 
     def do_STAT(self, arg: str) -> None:
@@ -1067,12 +1031,11 @@ class POP3Handler(Security):
 
     def do_LIST(self, arg: str) -> None:
         """LIST [message] - tells how many octets a message has"""
-        self.list_values("LIST", arg, {n: str(size) for n, (_, size) in self.messages.items()})
+        self.list_values("LIST", arg, {n: size for n, (_, size) in self.messages.items()})
 
     def do_UIDL(self, arg: str) -> None:
         """UIDL [message] - tells a message's name, which no other ever has"""
-        files = {n: os.path.basename(file) for n, (file, _) in self.messages.items()}
-        self.list_values("UIDL", arg, {n: file.split(":")[0][:70] for n, file in files.items()})
+        self.list_values("UIDL", arg, {n: name[:70] for n, (name, _) in self.messages.items()})
 
     def do_RETR(self, arg: str) -> None:
         """RETR message - sends a message"""
@@ -1103,45 +1066,36 @@ class POP3Handler(Security):
         kept = 0
         for number in self.stored.keys() - self.messages.keys():
             try:
-                os.unlink(self.stored[number][0])
-            except OSError as error:  # if it is gone already, a mail reader was quicker
-                kept += not isinstance(error, FileNotFoundError)
+                assert self.box is not None  # look() has found the message in it
+                self.box.discard(self.stored[number][0])
+            except OSError:
+                kept += 1
         refuse_if(kept, 421, f"Bye, but {kept} messages could not be deleted")
         super().do_QUIT(arg)
 
+    def notice(self, envelope: Envelope) -> None:
+        """Note that mail has come. The sender, whose thread this is, waits no longer than that."""
+        if self.address.lower() in (address.lower() for address in envelope.recipients):
+            self.news.set()
+
     def do_SUBSCRIBE(self, arg: str) -> None:
         """SUBSCRIBE - sends each message as it comes, until you send a line"""
-        inbox: queue.Queue[Envelope] = queue.Queue()
-
-        def subscriber(envelope: Envelope) -> None:
-            """Queue a message for us; the sender, whose thread this is, must not wait."""
-            if self.address.lower() in (address.lower() for address in envelope.recipients):
-                waiting = list(inbox.queue)
-                octets = sum(len(each.content) + 1000 * len(each.recipients) for each in waiting)
-                if octets > self.backlog:
-                    if self.farewell:  # it has been told, and still does not read
-                        return self.cut()
-                    return self.hang_up("You read too slowly: your mail is in the mailbox")
-                inbox.put(envelope)
-
-        self.server.mailroom.subscribe(subscriber)
+        self.news = threading.Event()
+        self.server.mailroom.subscribe(self.notice)
+        self.reply(250, "Send a line to stop")
         try:
-            self.reply(250, "Send a line to stop")
-            self.forward(inbox)
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.connection, selectors.EVENT_READ)
+                while not (self.received or self.farewell or selector.select(0)):
+                    self.flush()
+                    if self.news.wait(0.2):
+                        self.news.clear()
+                        for number in self.look():
+                            self.send_message(self.load(self.stored[number][0]))
         finally:
-            self.server.mailroom.subscribers.remove(subscriber)
+            self.server.mailroom.subscribers.remove(self.notice)
         self.read_line()
         self.reply(250, "Stopped")
-
-    def forward(self, inbox: queue.Queue[Envelope]) -> None:
-        """Send what comes in, until the client sends something, or the session is to end."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.connection, selectors.EVENT_READ)
-            while not (self.received or self.farewell or selector.select(0)):
-                self.flush()
-                with suppress(queue.Empty):
-                    message = copy_for(inbox.get(timeout=0.2), self.address)
-                    self.send_message(message.replace(b"\n", b"\r\n"))
 
 
 # ==================================================================================================
@@ -1161,78 +1115,89 @@ class MailServer(SmallServer):
     maildir: Maildir | None = None
     mailroom: Mailroom = field(default_factory=Mailroom)
 
+    # Not settings: the clients that wait for a thread, and how many threads wait for a client.
+    clients: queue.SimpleQueue[Any] = field(init=False, default_factory=queue.SimpleQueue)
+    idle: threading.Semaphore = field(init=False, default_factory=lambda: threading.Semaphore(0))
+
     def check_settings(self) -> None:
-        """Raise ValueError for a value that makes no sense."""
+        """Raise TypeError or ValueError for a value that makes no sense."""
         super().check_settings()
         self.lists = {name.lower(): members for name, members in self.lists.items()}
         for name, members in self.lists.items():
-            fits = [re.fullmatch(ESMTPHandler.address, member, re.ASCII) for member in members]
-            if not name or not all(fits):
-                raise ValueError(
-                    f"list {name}={','.join(members)} has no addresses, as in team=ann@example.com"
-                )
+            for member in members:
+                if not re.fullmatch(ESMTPHandler.address, member, re.ASCII):
+                    raise ValueError(f"list {name}={member} is not like team=ann@example.com")
 
-    def describe(self, envelope: Envelope) -> list[str]:
-        """Return what the console shows of a message: few lines, and soon, whatever it holds."""
-        named, decoded = "", []
-        with suppress(Exception):  # the email package fails at odd messages: show what came
-            head, _ = split_head(envelope.content[: 16 * 1024])
-            named = f"{head['To'] or ''} {head['Cc'] or ''}".lower().strip()
-            if re.search(rb"(?im)=\?|^content-", envelope.content[: 16 * 1024]):
-                decoded = decode(envelope.content) if len(envelope.content) < 2**20 else []
-        lines = ["---- envelope", f"from <{envelope.sender}>"]
-        for address in envelope.recipients[:20]:
-            bcc = "  (in no header: a Bcc)" if named and address.lower() not in named else ""
-            lines.append(f"to   <{address}>{bcc}")
-        lines += [f"... {len(envelope.recipients)} in all"] if envelope.recipients[20:] else []
-        lines += ["---- decoded", *decoded, "---- as it came"] if decoded else ["---- message"]
-        return [*lines, *first_lines(envelope.content, 20 if decoded else 100), "----"]
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a client that has connected, in a thread whose client has left, if there is one."""
+        if self.serial or self.stopping:
+            return super().process_request(request, client_address)
+        if not self.idle.acquire(blocking=False):
+            threading.Thread(target=self.serve_clients, daemon=True).start()
+        self.clients.put((request, client_address))
 
-
-def first_lines(data: bytes | bytearray, most: int, charset: str = "") -> list[str]:
-    """Return the first lines of a text, and a count of the rest; with no charset, mark bare LFs."""
-    text = data[:50_000].decode(charset or "utf-8", "backslashreplace")
-    lines = text.removesuffix("\n").split("\n")[:most]
-    more = data.count(b"\n", 0, -1) + 1 - len(lines)  # an LF at the end begins no other line
-    bare = "" if charset else "<LF>"
-    lines = [line[:-1] if line.endswith("\r") else line + bare for line in lines]
-    return [f"| {line}" for line in lines] + ([f"... {more:,} more lines"] if more > 0 else [])
+    def serve_clients(self) -> None:
+        """Serve one client after another; end when none has come for a second."""
+        while True:
+            try:
+                self.process_request_thread(*self.clients.get(timeout=1))
+                self.idle.release()
+            except queue.Empty:
+                if self.idle.acquire(blocking=False):  # Trap: else a client counts on this thread
+                    return
 
 
-def split_head(data: bytes | bytearray) -> tuple[Message, bytes | bytearray]:
-    """Return headers and body of a message or a part. Raise ValueError if that would take long."""
-    head, _, body = (b"\n" + data.replace(b"\r\n", b"\n")).partition(b"\n\n")
-    if len(head) > 16 * 1024 or head.count(b";") > 200:
-        raise ValueError
-    return email.message_from_bytes(head[1:]), body
+def describe(envelope: Envelope) -> list[str]:
+    """Return what the console shows of a message: few lines, and soon, whatever it holds."""
+    lines = ["---- envelope", f"from <{envelope.sender}>"]
+    lines += [f"to   <{address}>" for address in envelope.recipients[:20]]
+    lines += [f"... {len(envelope.recipients)} in all"] if envelope.recipients[20:] else []
+    text = envelope.content[:50_000].decode("utf-8", "backslashreplace")
+    text = re.sub("(?<!\r)\n", "<LF>\n", text).replace("\r\n", "\n")
+    raw = text.removesuffix("\n").split("\n")
+    count = max(1, envelope.content.count(b"\n"))
+    decoded = []
+    with suppress(Exception):  # the email package fails at odd messages: show what came
+        decoded = decode(envelope.content)
+    if decoded:
+        lines += ["---- decoded", *first_lines(decoded, 100, len(decoded))]
+        return [*lines, "---- as it came", *first_lines(raw, 20, count), "----"]
+    return [*lines, "---- message", *first_lines(raw, 100, count), "----"]
 
 
-def decode(data: bytes | bytearray) -> list[str]:
-    """Return what a message says, a line for a part that is no text; [] if nothing is encoded."""
-    head, body = split_head(data)
-    read, lines = email.policy.default.header_factory, []
+def first_lines(lines: list[str], most: int, count: int) -> list[str]:
+    """Return the first lines of a text, and how many more of its count lines there are."""
+    more = count - len(lines[:most])
+    return [f"| {line}" for line in lines[:most]] + [f"... {more:,} more lines"] * (more > 0)
+
+
+def decode(content: bytearray) -> list[str]:
+    """Return the lines of a message that is encoded, with one for each part that is no text.
+    Return none if nothing is encoded, or if to decode it could take long."""
+    encoded = rb'(?m)=\?|^content-(transfer-encoding: *[bq]|type: *([^ t]|.*charset="?[^u"]))'
+    if len(content) > 2**20 or not re.search(encoded, content[: 16 * 1024].lower()):
+        return []
+    lower = b"\n" + content.lower()
+    parts = lower.count(b"boundary") + lower.count(b"message/")
+    long_header = re.search(rb"\ncontent-[^:]*:(?:.|\n[ \t]){1000}", lower)
+    if long_header or parts > 10 or lower.count(b"\n") > 10_000:
+        return []
+    message, lines = email.message_from_bytes(content), []
     for name in ("From", "To", "Subject"):
-        if "=?" in (value := " ".join(str(head[name])[:1000].split())):
-            lines.append(f"| {name}: {read('Subject', value)}")  # to read addresses takes longer
-    # Every boundary in the message splits it, so parts of parts are found as well.
-    boundaries = re.findall(rb'(?i)boundary="?([^";\s]{1,70})', data)[:10]
-    between = rb"\n--(?:%s)(?:--)?\s*?\n" % b"|".join(map(re.escape, boundaries))
-    for piece in re.split(between, data, maxsplit=20) if boundaries else [data]:
-        part, content = split_head(piece)
-        part.set_payload(content.decode("ascii", "surrogateescape"))
-        text = bytes(part.get_payload(decode=True))  # without base64 or quoted-printable
-        kind = part.get_content_type()
-        if kind.startswith("text/") and text.strip():
-            lines += first_lines(text, 100, part.get_content_charset("utf-8"))
-        elif not kind.startswith(("text/", "multipart/")):
-            lines.append(f"| ({kind}, {len(text):,} octets, {part.get_filename('no name')})")
-    return lines[:100] if lines != first_lines(body, 100, "utf-8") else []
+        if "=?" in (value := " ".join(str(message[name])[:1000].split())):
+            lines.append(f"{name}: {email.policy.default.header_factory('Subject', value)}")
+    for part in message.walk():
+        kind, data = part.get_content_type(), bytes(part.get_payload(decode=True) or b"")
+        if kind.startswith("text/"):
+            charset = part.get_content_charset("utf-8")
+            lines += data.decode(charset, "backslashreplace").splitlines()
+        elif not part.is_multipart():
+            lines.append(f"({kind}, {len(data):,} octets, {part.get_filename('no name')})")
+    return lines
 
 
 class Terminal(Console):
     """A console that prints from a thread of its own, so that a stuck terminal stops nobody."""
-
-    colours = {r"[23]\d\d|\+OK": 32, r"4\d\d": 33, r"5\d\d|-ERR": 31}  # green, yellow and red
 
     def __init__(self) -> None:
         if isinstance(sys.stdout, io.TextIOWrapper):  # the terminal may lack a client's letters
@@ -1253,38 +1218,24 @@ class Terminal(Console):
 
     def print_lines(self) -> None:
         """Print what show() is given, replies in colour, until close() is called."""
-        lines: list[str | None] = []
-        while None not in lines:
-            lines = [self.waiting.get()]
-            time.sleep(0.01)  # more lines may come, and one print() for all takes less time
-            while len(lines) < 1000 and not self.waiting.empty():
-                lines.append(self.waiting.get())
-            if self.missing and self.waiting.empty():
-                lines.append(f"... {self.missing} lines not shown")
-                self.missing = 0
-            text = "\n".join(line for line in lines if line is not None)
-            if self.coloured:
-                for code, colour in self.colours.items():
-                    coloured = f"\x1b[{colour}m\\g<0>\x1b[0m"
-                    text = re.sub(rf"(?<=\] )S: ({code})[ -].*", coloured, text)
-            try:
-                print(text, end="\n" if text else "", flush=True)
-            except (OSError, ValueError):
-                sys.stdout = None  # closed or full: print() is quiet from now on
+        while (line := self.waiting.get()) is not None:
+            reply = re.search(r"(?<=\] S: )\S", line) if self.coloured else None
+            if reply:  # red, or green and yellow by the code's first character
+                colour = {"2": 32, "3": 32, "+": 32, "4": 33}.get(reply[0], 31)
+                line = line.replace("S: ", f"\x1b[{colour}mS: ", 1) + "\x1b[0m"
+            with suppress(OSError, ValueError):  # stdout is full or closed
+                print(line, flush=self.waiting.empty())
+            if self.waiting.empty():
+                if self.missing:
+                    self.show(f"... {self.missing} lines not shown")
+                    self.missing = 0
+                time.sleep(0.01)  # more lines may come, and to print many at once takes less time
 
     def close(self) -> None:
         """Let the rest be printed, for a second at most."""
         with suppress(queue.Full):
             self.waiting.put(None, timeout=0.5)
         self.thread.join(0.5)
-
-
-ABOUT = "A mail server to learn from and to test with: telnet to it, or have a program send mail."
-EXAMPLES = """examples:
-  mailserver.py                       listen on 127.0.0.1 port 2525, print each mail
-  mailserver.py --serial              one client at a time: the next one has to wait
-  mailserver.py --fail RCPT=450       refuse every recipient: what does your program do?
-  mailserver.py --maildir Maildir --pop3-port 2526      keep mail, and let it be collected"""
 
 
 def give_up(text: str) -> NoReturn:
@@ -1295,8 +1246,11 @@ def give_up(text: str) -> NoReturn:
 
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line; None is the program's own. A wrong flag ends the program."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("mailserver.py", None, ABOUT, EXAMPLES, formatter_class=form)
+    about = (
+        "A mail server to learn from and to test with: telnet to it, or have a program send mail."
+    )
+    example = "Try: mailserver.py --fail RCPT=450; mailserver.py --maildir Maildir --pop3-port 2526"
+    parser = argparse.ArgumentParser("mailserver.py", None, about, example)
     parser.error = give_up  # type: ignore
     add, given = parser.add_argument, "(%(default)s)"
     add("--host", default="127.0.0.1", help=f"address to listen on {given}; 0.0.0.0 is all")
@@ -1314,20 +1268,18 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--pop3-port", type=int, help="let mail be collected at this port; needs --maildir")
     add("--quiet", action="store_true", help="print neither dialogues nor mail")
     add("--version", action="version", version=f"mailserver {__version__}")
-    flags = parser.parse_args(argv)
-    if flags.pop3_port is not None and not flags.maildir:
-        give_up("--pop3-port needs --maildir DIR")
-    return flags
+    return parser.parse_args(argv)
 
 
 def read_users(path: str) -> dict[str, str]:
     """Return names and passwords from lines of name:password. Raise OSError or ValueError."""
-    with open(path, encoding="utf-8-sig") as file:
-        lines = [line.strip() for line in file]
-    for number, line in enumerate(lines, 1):
-        if not re.fullmatch("(#.*|[^:]+:.+)?", line):
-            raise ValueError(f"users {path}: line {number} is not name:password")
-    users = dict(line.split(":", 1) for line in lines if line and not line.startswith("#"))
+    users = {}
+    for number, line in enumerate(open(path, encoding="utf-8-sig"), 1):
+        name, colon, password = line.strip().partition(":")
+        if line.strip() and not line.startswith("#"):
+            if not (name and password):
+                raise ValueError(f"users {path}: line {number} is not name:password")
+            users[name] = password
     if not users:
         raise ValueError(f"users {path}: nobody is named; write a line with name:password")
     return users
@@ -1344,14 +1296,13 @@ def tls_context(cert: str | os.PathLike[str], key: str | os.PathLike[str]) -> ss
 
 
 def settings_of(flags: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings of MailServer that flags give as they are, and --list and --fail."""
+    """Return the settings of MailServer that flags give as they are, and --fail and --list."""
     names = ("serial", "max_size", "max_clients", "timeout", "require_auth")
     settings: dict[str, Any] = {name: getattr(flags, name) for name in names}
-    pairs = [text.partition("=") for text in flags.list]
-    settings["lists"] = {name: members.split(",") for name, _, members in pairs}
-    pairs = [text.partition("=") for text in flags.fail]
-    codes = {verb.upper(): code for verb, _, code in pairs}
-    settings["fail"] = {verb: int(code) if code.isdecimal() else 0 for verb, code in codes.items()}
+    lists = (text.partition("=") for text in flags.list)
+    settings["lists"] = {name: members.split(",") for name, _, members in lists}
+    fail = (text.upper().partition("=") for text in flags.fail)
+    settings["fail"] = {verb: int(code) if code.isdecimal() else 0 for verb, _, code in fail}
     return settings
 
 
@@ -1359,7 +1310,6 @@ def make_servers(
     flags: argparse.Namespace, handler: type[LineHandler], console: Console | None
 ) -> list[MailServer]:
     """Make the server for SMTP, and the one for POP3 if there is a port for it."""
-    given = "--fail or --list"
     try:
         settings = settings_of(flags) | {"console": console, "mailroom": Mailroom()}
         for name, read in (("users", read_users), ("maildir", Maildir), ("tls", tls_context)):
@@ -1369,6 +1319,8 @@ def make_servers(
         given, place = f"--host {flags.host} --port {flags.port}", (flags.host, flags.port)
         servers = [MailServer(place, handler, **settings)]
         if flags.pop3_port is not None:
+            if not flags.maildir:
+                raise ValueError("pop3-port needs --maildir DIR")
             settings |= {"fail": {}, "timeout": 2 * flags.timeout}  # RFC 1939 3 wants 10 minutes
             given, place = f"--pop3-port {flags.pop3_port}", (flags.host, flags.pop3_port)
             servers.append(MailServer(place, POP3Handler, **settings))

@@ -966,9 +966,9 @@ class Trap:
 
 TRAPS = [
     Trap(
-        "they would start a second reply",
-        r"""        line = line.replace("\r", " ").replace("\n", " ")""",
-        "",
+        "a line end in it would start a second reply",
+        r"""line.replace("\r", " ").replace("\n", " ").encode""",
+        "line.encode",
         "WireTest.test_no_line_end_inside_a_reply",
         "Not to be seen in telnet: no reply of this server repeats what a client has sent.",
     ),
@@ -1019,8 +1019,8 @@ TRAPS = [
     ),
     Trap(
         "clients that see STARTTLS insist on it",
-        "[more[verb] for verb in self.verbs() if verb in more]",
-        "[*more.values()]",
+        "[name for name in self.extensions if name.split()[0] in self.verbs()]",
+        "self.extensions",
         "AuthTest.test_not_offered_where_it_would_be_refused",
         "Say EHLO, and do what it offers: STARTTLS. Then try curl --ssl.",
     ),
@@ -1061,24 +1061,29 @@ TRAPS = [
     Trap(
         "only now that nobody else deletes them",
         """\
-        busy = maildir.holders.setdefault(self.folder, self) is not self
+        busy = maildir.holders.setdefault(folder, self) is not self
         refuse_if(busy, 450, "[IN-USE] Another session has the mailbox open: try again later")
-        self.stored = {}
-        for file in maildir.files(self.address):  # Trap: only now that nobody else deletes them
-            with suppress(Refused):
-                self.stored[len(self.stored) + 1] = (file, len(self.load(file)))
+        self.folder, self.stored, self.messages = folder, {}, {}
+        self.look()  # Trap: only now that nobody else deletes them
 """,
         """\
-        self.stored = {}
-        for file in maildir.files(self.address):
-            with suppress(Refused):
-                self.stored[len(self.stored) + 1] = (file, len(self.load(file)))
-        busy = maildir.holders.setdefault(self.folder, self) is not self
+        self.folder, self.stored, self.messages = folder, {}, {}
+        self.look()
+        self.folder = ""
+        busy = maildir.holders.setdefault(folder, self) is not self
         refuse_if(busy, 450, "[IN-USE] Another session has the mailbox open: try again later")
+        self.folder = folder
 """,
         "POP3Test.test_the_list_is_made_when_the_mailbox_is_ours",
         "Start it with --maildir Maildir --pop3-port 2526 and log in twice at the same moment as "
         "another client sends QUIT after DELE: LIST shows what is deleted.",
+    ),
+    Trap(
+        "else a client counts on this thread",
+        "if self.idle.acquire(blocking=False):  # Trap",
+        "if True:  # Trap",
+        "LifeTest.test_a_thread_that_has_waited_too_long_when_a_client_comes",
+        "Not to be seen in telnet, but once in many hours: a client connects, and is not greeted.",
     ),
     Trap(
         "else no 421 at the end",
@@ -1198,8 +1203,8 @@ def files(folder: str) -> list[Path]:
     return sorted(path for path in Path(folder).glob("*/*/*") if path.is_file())
 
 
-class Recorder:
-    """A console that keeps what it is to show. Any object with a method show() is a console."""
+class Recorder(mailserver.Console):
+    """A console that keeps what it is to show."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -1799,6 +1804,62 @@ class LifeTest(DialogueTest):
         first.converse(BYE)
         second.converse("S: 220 ...\nS: 250 Hello")
 
+    def thread_of(self, client: Client) -> threading.Thread:
+        """Return the thread that serves a client, who is the only one."""
+        client.converse("S: 220 ...\nC: NOOP\nS: 250 OK")
+        (session,) = self.server.sessions
+        return session.thread
+
+    def leave(self, client: Client) -> None:
+        """Leave, and wait until the thread is there for others."""
+        client.converse(BYE)
+        wait_until(lambda: self.server.idle._value == 1)  # type: ignore[attr-defined]
+
+    def test_a_thread_serves_one_client_after_another(self) -> None:
+        first = self.connect()
+        thread = self.thread_of(first)
+        self.leave(first)
+        second = self.connect()
+        self.assertIs(self.thread_of(second), thread)
+        self.connect().converse("S: 220 ...\nC: NOOP\nS: 250 OK")  # while the second is there
+
+    def test_a_thread_without_clients_ends(self) -> None:
+        class Impatient(queue.SimpleQueue[Any]):
+            def get(self, *_: Any, **__: Any) -> Any:
+                return super().get(timeout=0.01)
+
+        self.server.clients = Impatient()
+        client = self.connect()
+        thread = self.thread_of(client)
+        client.converse(BYE)
+        thread.join(PATIENCE)
+        self.assertFalse(thread.is_alive())
+        self.play(f"S: 220 ...\n{BYE}")
+
+    def test_a_thread_that_has_waited_too_long_when_a_client_comes(self) -> None:
+        leaving, promised = threading.Event(), threading.Event()
+
+        class TooLate(queue.SimpleQueue[Any]):
+            def get(self, *_: Any, **__: Any) -> Any:
+                if self.empty() and not leaving.is_set():
+                    leaving.set()
+                    promised.wait(PATIENCE)
+                    raise queue.Empty
+                return super().get(timeout=PATIENCE)
+
+        class Promises(threading.Semaphore):
+            def acquire(self, *args: Any, **settings: Any) -> bool:
+                got = super().acquire(*args, **settings)
+                if leaving.is_set():
+                    promised.set()
+                return got
+
+        self.server.idle = Promises(0)
+        self.server.clients = TooLate()
+        self.play(f"S: 220 ...\n{BYE}")
+        self.assertTrue(leaving.wait(PATIENCE))
+        self.play(f"S: 220 ...\n{BYE}")
+
     def test_many_at_once(self) -> None:
         clients = [self.connect() for _ in range(50)]
         for client in clients:
@@ -2147,15 +2208,17 @@ class DescribeTest(unittest.TestCase):
 
     def show(self, content: bytes, *recipients: str) -> str:
         envelope = Envelope("a@example.com", list(recipients), bytearray(content))
-        with MailServer(("127.0.0.1", 0)) as server:
-            lines = server.describe(envelope)
+        lines = mailserver.describe(envelope)
         return "\n".join(map(mailserver.printable, lines)) + "\n"
 
-    def test_envelope_and_bcc(self) -> None:
+    def test_envelope(self) -> None:
         text = self.show(b"To: Bob <B@example.com>\r\n\r\nhi\r\n", "b@example.com", "c@example.com")
-        self.assertIn("from <a@example.com>\nto   <b@example.com>\nto   <c@example.com>  (", text)
-        for plain in (b"no headers\r\n", b"Subject: x\r\n\r\n", b"PS: tomorrow\r\n"):
-            self.assertNotIn("(", self.show(plain, "b@example.com"))
+        envelope = (
+            "---- envelope\nfrom <a@example.com>\nto   <b@example.com>\nto   <c@example.com>\n"
+        )
+        self.assertEqual(
+            text, envelope + "---- message\n| To: Bob <B@example.com>\n| \n| hi\n----\n"
+        )
 
     def test_no_message_looks_like_a_dialogue(self) -> None:
         self.assertNotRegex(self.show(b"[1] S: 250 OK\n----\n", "b@example.com"), r"(?m)^\[1\]")
@@ -2295,7 +2358,7 @@ class EnvelopeTest(DialogueTest):
 
     def test_repr(self) -> None:
         envelope = Envelope("a@example.com", ["b@example.com"], bytearray(b"Subject: x\r\n" * 1000))
-        self.assertRegex(repr(envelope), r"a@example\.com.*b@example\.com.*Subject: x")
+        self.assertRegex(repr(envelope), r"a@example\.com.*b@example\.com")
         self.assertLess(len(repr(envelope)), 200)
 
     def test_message(self) -> None:
@@ -2353,9 +2416,10 @@ class ShapeTest(DialogueTest):
     """What the docstring of the module says of the file, and what holds all over the file."""
 
     one_body = ["handle", "receive", "flush", "read_line", "read_message", "dispatch", "match"]
-    one_body += ["reply", "send_line", "log"]
+    one_body += ["refusal", "reply", "log"]
+    # By the road: small helpers, the rules of refusal(), and the loop of a thread.
     left_out = ["log", "conceal", "printable", "refuse_if", "edit", "match", "explain"]
-    left_out += ["format_reply", "read_parameters", "verbs"]  # by the road: small helpers
+    left_out += ["format_reply", "read_parameters", "verbs", "<lambda>", "serve_clients"]
     text = mailserver.__doc__ or ""
     classes = [one for one in vars(mailserver).values() if isinstance(one, type)]
 
@@ -3211,7 +3275,7 @@ class KeepingTest(DialogueTest):
         os.mkdir(self.folder)
 
     def test_any_failure_to_keep_it_is_a_failure(self) -> None:
-        with unittest.mock.patch.object(mailserver, "copy_for", side_effect=MemoryError):
+        with unittest.mock.patch.object(mailserver.Maildir, "write", side_effect=MemoryError):
             self.send("bob@example.com", text="C: .\nS: 451 ...")
         self.expect_warning("not kept")
 
@@ -3364,7 +3428,7 @@ class POP3Test(TLSTest):
             C: FROB
             S: -ERR Unknown verb...
             C: STLS
-            S: -ERR No TLS here...
+            S: -ERR No TLS...
             C: USER bob@example.com
             S: +OK ...
             C: PASS x
@@ -3448,14 +3512,17 @@ class POP3Test(TLSTest):
         console = Recorder()
         self.server = self.serve_pop3(console=console)
         self.play(f"{self.login(0)}\nC: oops\nS: -ERR ...")
-        self.assertIn(" bob] C: PASS ********", console.text)
-        self.assertIn(" bob] C: oops", console.text)
+        self.assertIn("] C: PASS ********", console.text)
+        self.assertIn("] C: oops", console.text)
 
     def test_a_file_that_has_moved(self) -> None:
         self.send()
         client = self.open_mailbox()
         file = files(self.folder)[0]
         file.rename(file.parent.parent / "cur" / (file.name + ":2,S"))
+        client.converse(f"C: RETR 1\nS: +OK {self.size()} octets")
+        client.skip_to(".")
+        Path(self.folder, "bob@example.com", "cur", file.name + ":2,S").unlink()
         client.converse("C: RETR 1\nS: -ERR Not there any more...\nC: NOOP\nS: +OK ...")
 
     def test_a_mailbox_that_cannot_be_read_is_not_locked(self) -> None:
@@ -3544,8 +3611,8 @@ class POP3Test(TLSTest):
         sizes: list[int] = []
 
         class Handler(mailserver.POP3Handler):
-            def send_line(self, line: str) -> None:
-                super().send_line(line)
+            def reply(self, code: int, *lines: str) -> None:
+                super().reply(code, *lines)
                 sizes.append(len(self.unsent))
 
         self.send()
@@ -3557,7 +3624,7 @@ class POP3Test(TLSTest):
             client.converse(self.login(500))
             client.send(b"UIDL\r\n" * 100 + b"QUIT\r\n")
             client.skip_to("+OK Bye")
-        self.assertGreater(len(sizes), 50_000)
+        self.assertGreater(len(sizes), 100)
         self.assertLess(max(sizes), 100_000)
 
     def test_short_lines_take_little_memory(self) -> None:
@@ -3589,7 +3656,7 @@ class POP3Test(TLSTest):
         dele = "\n".join(f"C: DELE {n}\nS: +OK ..." for n in (1, 2, 3))
         two.unlink()  # a mail reader was quicker
         self.send("Subject: 3\n\n")
-        with unittest.mock.patch.object(os, "unlink", unlink):
+        with unittest.mock.patch.object(os, "remove", unlink):
             self.play(f"{self.login(3)}\n{dele}\nC: QUIT\nS: -ERR Bye, but 1 ...\nS: (closed)")
         self.assertEqual(files(self.folder), [one])
 
@@ -3615,12 +3682,12 @@ class POP3Test(TLSTest):
         client = self.open_mailbox()
         client.converse("C: RETR 1\nS: +OK ...")
         client.skip_to(".")
-        wait_until(lambda: f" bob] -: {self.size()} octets sent" in console.text)
+        wait_until(lambda: f"] -: {self.size()} octets sent" in console.text)
         console.lines.clear()
         client.converse("C: SUBSCRIBE\nS: +OK ...")
         self.send()
         client.skip_to(".")
-        wait_until(lambda: f" bob] -: {self.size()} octets sent" in console.text)
+        wait_until(lambda: f"] -: {self.size()} octets sent" in console.text)
 
     def test_mail_asked_for_and_not_read(self) -> None:
         self.send("x" * 500_000)
@@ -3702,7 +3769,7 @@ class POP3Test(TLSTest):
         """)
         self.send("Subject: two\n\n", "BOB@example.com")
         client.skip_to(".")
-        client.converse("C: enough\nS: +OK ...\nC: STAT\nS: +OK 0 0\nC: QUIT\nS: +OK Bye")
+        client.converse("C: enough\nS: +OK ...\nC: STAT\nS: +OK 2 ...\nC: QUIT\nS: +OK Bye")
         wait_until(lambda: not self.server.sessions)
         self.assertEqual(len(self.settings["mailroom"].subscribers), 2)
 
@@ -3734,27 +3801,22 @@ class POP3Test(TLSTest):
         self.server = self.serve_pop3(console=console, timeout=0.5)
         client = self.subscribe()
         (session,) = self.server.sessions
-        sent = 0
-        while not session.farewell:  # the kernel takes some of it
+        for _ in range(30):  # the kernel takes some of it; the senders wait for nobody
             self.send(f"{'x' * 1023}\n" * 1024)
-            sent += 1
-            self.assertLess(sent, 30)  # the backlog is 4 MiB, the kernel's buffers are some more
-        self.assertGreater(sent * 2**20, mailserver.POP3Handler.backlog)
-        self.assertEqual(len(files(self.folder)), sent)
+            self.assertLess(len(session.unsent), 2 * 2**20)
         return client, console
 
     def test_a_subscriber_that_does_not_read(self) -> None:
         _, console = self.slow_subscriber()
         wait_until(lambda: not self.server.sessions)
         self.assertIn("(cut off: it read nothing for too long)", console.text)
+        self.assertEqual(len(files(self.folder)), 30)
 
-    def test_a_subscriber_that_reads_too_late(self) -> None:
-        client, console = self.slow_subscriber()
-        while (line := client.line()) and not line.startswith("-ERR"):
-            self.assertNotEqual(line, "(closed)")
-        self.assertEqual(line, "-ERR You read too slowly: your mail is in the mailbox")
-        client.expect("(closed)")
-        self.assertIn("S: -ERR You read too slowly", console.text)
+    def test_a_subscriber_that_reads_slowly(self) -> None:
+        client, _ = self.slow_subscriber()
+        for _ in range(30):
+            client.skip_to(".")
+        client.converse("C: enough\nS: +OK ...\nC: STAT\nS: +OK 30 ...")
 
 
 class AlwaysFree(dict):  # type: ignore[type-arg]
@@ -3857,7 +3919,7 @@ def unchanged_process() -> Iterator[dict[str, Any]]:
         yield instead
 
 
-class PlainTerminal(mailserver.PlainConsole):
+class PlainTerminal(mailserver.Console):
     """A console in place of the Terminal: it needs no thread."""
 
     def close(self) -> None:
@@ -3974,7 +4036,7 @@ class FlagTest(unittest.TestCase):
         self.assertLessEqual(set(cores), os.sched_getaffinity(0))
 
     def test_help_and_version(self) -> None:
-        for flag, text in [("--help", "examples:"), ("--version", mailserver.__version__)]:
+        for flag, text in [("--help", "Try: mailserver.py"), ("--version", mailserver.__version__)]:
             status, out, err = run_main(flag)
             self.assertEqual((status, err), (0, ""))
             self.assertIn(text, out)
@@ -3983,11 +4045,13 @@ class FlagTest(unittest.TestCase):
         out = run_main("--help")[1]
         _, about, options = out.partition("A mail server")
         self.assertRegex(about + options.split("\n\n")[0], "learn|test")
-        entries = re.split(r"\n  (?=-)", options.partition("options:")[2].partition("examples:")[0])
+        entries = re.split(
+            r"\n  (?=-)", options.partition("options:")[2].partition("Try: mailserver.py")[0]
+        )
         self.assertGreater(len(entries), 12)
         for entry in entries[1:]:
             self.assertRegex(entry, r"--[a-z0-9-]+.*\s{2,}\w+.*\w", entry)
-        self.assertRegex(out, r"(?s)examples:\n(  mailserver\.py .+\n)+\s*$")
+        self.assertRegex(out, r"\nTry: mailserver\.py --fail RCPT=450")
 
     @unittest.skipIf(os.name == "nt", "Windows has no such limit")
     def test_a_limit_for_two_servers(self) -> None:
@@ -4002,7 +4066,7 @@ class OptimisedTest(unittest.TestCase):
     """python -OO, which leaves docstrings and assertions out."""
 
     def test_help_and_version(self) -> None:
-        for flag, text in [("--help", "examples:"), ("--version", mailserver.__version__)]:
+        for flag, text in [("--help", "Try: mailserver.py"), ("--version", mailserver.__version__)]:
             command = [sys.executable, "-OO", str(HERE / "mailserver.py"), flag]
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             self.assertIn(text, out)
