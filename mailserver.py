@@ -85,7 +85,7 @@ from functools import cached_property
 from typing import Any, NoReturn, get_type_hints
 
 __version__ = "2.0"
-ANY_CASE = re.IGNORECASE | re.ASCII  # for commands: upper case is lower case, in ASCII only
+ANY_CASE = re.IGNORECASE | re.ASCII  # for commands, which are in ASCII: "a" matches "A"
 
 # ==================================================================================================
 # PART 1: A SMALL SERVER
@@ -136,12 +136,12 @@ class SmallServer(socketserver.ThreadingTCPServer):
     numbers = itertools.count(1)  # for the sessions
 
     def check_settings(self) -> None:
-        """Raise TypeError or ValueError for a value that makes no sense."""
+        """Raise TypeError, ValueError or OSError for a value that makes no sense."""
         for name, declared in get_type_hints(type(self)).items():
             if not isinstance(getattr(self, name), getattr(declared, "__origin__", declared)):
                 raise TypeError(f"{name}={getattr(self, name)!r} is not of type {declared}")
         if not 0 <= self.address[1] <= 65535:
-            raise ValueError(f"port {self.address[1]} is not in 0-65535")
+            raise OSError(errno.EADDRNOTAVAIL, "A port is a number in 0-65535")
         for name in ("max_size", "max_clients", "timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} is not above 0")
@@ -186,8 +186,8 @@ class SmallServer(socketserver.ThreadingTCPServer):
 
     # A session ends when a command replies 221 or 421, after 20 errors (reply), when the client is
     # gone or silent (receive) or reads nothing (flush), after a failure of ours (handle), and by a
-    # farewell: setup() sets it for one client too many, stop() for all. Then read_line() or
-    # receive() raises Refused(421) with it: only a session's own thread writes to its client.
+    # farewell, which setup() sets for one client too many, and stop() for all. The session sends
+    # its farewell itself, with 421: only a session's own thread writes to its client.
 
     def stop(self, *exception: object) -> None:
         """Send 421 to all clients and free the port. A session's own thread may call this, too."""
@@ -205,7 +205,7 @@ class SmallServer(socketserver.ThreadingTCPServer):
     __exit__ = stop  # at the end of a with block
 
     def wait_for_sessions(self, seconds: float) -> set[LineHandler]:
-        """Wait until no session is left but the one that calls this. Return those that are."""
+        """Wait until no session is left but the one that calls this. Return the others."""
         own = {each for each in list(self.sessions) if each.thread == threading.current_thread()}
         deadline = time.monotonic() + seconds
         while (others := self.sessions - own) and time.monotonic() < deadline:
@@ -213,7 +213,7 @@ class SmallServer(socketserver.ThreadingTCPServer):
         return others
 
 
-# Verbs, a function that tells whether a session is in no state for them, and the reply if so.
+# A rule: verbs, a function that tells whether a session must refuse them now, and its reply if so.
 Rules = tuple[tuple[set[str], Callable[[Any], object], int, str], ...]
 
 
@@ -234,14 +234,14 @@ class LineHandler(socketserver.StreamRequestHandler):
     code = 0  # of the last reply
     errors = 0  # how many replies had a code from 500 up
     pasted = 0.0  # when a line with "C:" in front came last, in seconds
-    rules: Rules = ()  # when a command does not fit: see refusal()
+    rules: Rules = ()  # for refusal()
 
     def setup(self) -> None:
         """Prepare the session, and find out whether the client can stay."""
         super().setup()
         seconds = min(self.server.timeout, 10**6)
         self.connection.settimeout(seconds if os.name == "nt" else None)
-        if os.name != "nt":  # let the kernel wait: Python would call poll() before each recv()
+        if os.name != "nt":  # have the kernel wait; Python would call poll() before each recv()
             wait = struct.pack("ll", int(seconds), max(1, int(seconds % 1 * 10**6)))
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
@@ -250,7 +250,7 @@ class LineHandler(socketserver.StreamRequestHandler):
         self.thread = threading.current_thread()
         self.number = next(self.server.numbers)
         self.mark = f"[{self.number}]"  # in front of all that the console shows of the session
-        self.server.sessions.add(self)
+        self.server.sessions.add(self)  # before looking at stopping: stop() must not miss us
         too_many = len(self.server.sessions) > self.server.max_clients
         self.farewell = "Too many clients: try again later" if too_many else self.server.stopping
         self.log("-: ", f"connected from {self.client_address[0]}")
@@ -304,8 +304,8 @@ class LineHandler(socketserver.StreamRequestHandler):
         """Return why a command does not fit the state of the session, or None if it does."""
         if verb in self.server.fail:
             return Refused(self.server.fail[verb], "Refused on purpose, as --fail says")
-        for verbs, does_not_fit, code, text in self.rules:
-            if verb in verbs and does_not_fit(self):
+        for verbs, must_refuse, code, text in self.rules:
+            if verb in verbs and must_refuse(self):
                 return Refused(code, text)
         return None
 
@@ -343,7 +343,7 @@ class LineHandler(socketserver.StreamRequestHandler):
         return [f"{code}-{line}" for line in lines[:-1]] + [f"{code} {lines[-1]}"]
 
     def log(self, who: str, *lines: str) -> None:
-        """Show lines on the console: who is "C: " or "S: ", or "-: " for a remark of ours."""
+        """Show lines on the console, with who in front: "C: ", "S: ", or "-: " for a remark."""
         if self.server.console:
             if who == "C: ":
                 bare = "<LF>" if self.newline == b"\n" else ""
@@ -397,8 +397,8 @@ class LineHandler(socketserver.StreamRequestHandler):
         if not data:
             raise Gone
         self.received += data
-        # Telnet asks DO TIMING-MARK at Ctrl-C, and shows no reply before the answer, here WONT
-        # TIMING-MARK (RFC 860). Inside a message, these bytes are content.
+        # At Ctrl-C, telnet asks DO TIMING-MARK, and shows no reply until the answer has come, here
+        # WONT TIMING-MARK (RFC 860). Inside a message, these bytes are content.
         asked = -1 if self.code == 354 else self.received.find(b"\xff\xfd\x06")
         if asked >= 0 and b"\n" not in self.received[:asked]:
             del self.received[asked : asked + 3]
@@ -444,9 +444,9 @@ def warn(text: str) -> None:
 
 @dataclass
 class Envelope:
-    """A message, and who it is from and for. Delivery ignores the From: and To: in the message."""
+    """A message, and who it is from and for. The From: and To: in the message are only shown."""
 
-    sender: str  # the reverse-path: where it bounces to; "" is nowhere (RFC 5321 4.5.5)
+    sender: str  # the reverse-path, which a bounce would go to; "" if nowhere (RFC 5321 4.5.5)
     recipients: list[str] = field(default_factory=list)
     content: bytearray = field(default_factory=bytearray, repr=False)  # the message, as it came
     session: int = 0  # its number
@@ -468,8 +468,8 @@ class SMTPHandler(LineHandler):
     envelope: Envelope | None = None  # from MAIL to DATA
     paths = {"MAIL": "FROM: *<([!-;=?-~]*)>", "RCPT": "TO: *<([!-;=?-~]+)>"}
 
-    # CRLF.CRLF ends a message; LF.LF does if DATA ended in LF: a person at nc. Trap: if LF.LF ended
-    # all, one message could smuggle in another through a relay, which sends CRLF (CVE-2023-51764).
+    # CRLF.CRLF ends a message. LF.LF ends one whose DATA ended in LF, which a person at nc sends.
+    # Trap: if LF.LF ended all, a relay, which sends CRLF, may smuggle one in (CVE-2023-51764).
     end_of_message = {b"\r\n": re.compile(rb"\r\n\.\r\n"), b"\n": re.compile(rb"\r\n\.\r\n|\n\.\n")}
     # A last line that was meant to end the message, but does not: a command, or a dot and a blank.
     stray = rb"(?i)\n(HELP|QUIT|RSET|NOOP|DATA|(?:HELO|EHLO|MAIL|RCPT) [^\r]*|\. +)\r?\n\Z"
@@ -502,7 +502,7 @@ class SMTPHandler(LineHandler):
 
     def do_RCPT(self, arg: str) -> None:
         """RCPT TO:<recipient@example.com> - adds a recipient (RFC 5321 4.1.1.3)"""
-        assert self.envelope  # permit() has looked
+        assert self.envelope  # refusal() has looked
         too_many = len(self.envelope.recipients) >= 1000  # RFC 5321 4.5.3.1.8: at least 100
         refuse_if(too_many, 452, "Too many recipients: send DATA, then MAIL FROM again")
         self.envelope.recipients.append(self.read_path("RCPT", arg))
@@ -515,7 +515,7 @@ class SMTPHandler(LineHandler):
     def do_DATA(self, arg: str) -> None:
         """DATA - sends the message, up to a line that is a dot (RFC 5321 4.1.1.4)"""
         self.match("DATA", "", arg)
-        assert self.envelope  # permit() has looked
+        assert self.envelope  # refusal() has looked
         self.reply(354, "End data with <CR><LF>.<CR><LF>")
         envelope = self.envelope
         self.envelope = None  # accepted or not, it is used up
@@ -550,7 +550,7 @@ class SMTPHandler(LineHandler):
         return content
 
     def remark_on(self, last_line: bytearray) -> None:
-        """Say on the console what was meant to end the message, or a line of it, but does not."""
+        """Say on the console that a line was meant to end the message, or a CR to end a line."""
         if stray := re.match(self.stray, last_line):
             line = stray[1].decode("utf-8", "surrogateescape")
             self.log("-: ", f'"{line}" went into the message, which a line with only a dot ends')
@@ -582,16 +582,16 @@ class ESMTPHandler(SMTPHandler):
     utf8 = False  # MAIL came with SMTPUTF8: addresses may have letters beyond ASCII
 
     # Addresses: RFC 5321 4.1.2; beyond ASCII, RFC 6531 3.3. The route in <@relay:bob@x> is skipped.
-    _letter = r"[^\0-/:-@\[-`{-\xa0]"  # or a digit
+    _letter = r"[^\0-/:-@\[-`{-\xa0]"  # also beyond ASCII, or a digit
     _atom = r'[^\0- "(),.:;<>@\[\\\]\x7f-\xa0]+'  # bob
     _local = rf'(?:{_atom}(?:\.{_atom})*|"(?:[^\0-\x1f"\\\x7f-\xa0]|\\[ -~])*")'  # ann.lee
     _label = rf"{_letter}+(?:-+{_letter}+)*"  # my-host
     _literal = r"\[(?:\d+(?:\.\d+){3}|(?i:IPv6):[0-9A-Fa-f:.]+)\]"  # [192.0.2.1]
     _domain = rf"(?:{_label}(?:\.{_label})*|{_literal})"
-    address = rf"(?!.*[\udc80-\udcff]){_local}@{_domain}"  # these are bytes that are not UTF-8
+    address = rf"(?!.*[\udc80-\udcff]){_local}@{_domain}"  # no bytes that are not UTF-8
     _path = rf"<(?:(?:@{_domain}(?:,@{_domain})*:)?({address}|{_atom}))?>((?: +[!-~]+)*)"
     paths = {"MAIL": f"(?i:FROM): *{_path}", "RCPT": f"(?i:TO): *{_path}"}
-    faults = {  # what is wrong with FROM:<address> or TO:<address> if it does not start like this
+    faults = {  # in FROM:<address> or TO:<address>, and how an argument without the fault starts
         "No colon": "[A-Z]+:",
         "No address": r"[A-Z]+: *\S",
         "No < and > around the address": "[A-Z]+: *<.*>",
@@ -602,7 +602,7 @@ class ESMTPHandler(SMTPHandler):
         "MAIL SIZE": ("[0-9]{1,20}", "SIZE=1000 for 1000 octets"),  # RFC 1870
         "MAIL BODY": ("7BIT|8BITMIME", "BODY=7BIT or BODY=8BITMIME"),  # RFC 6152
         "MAIL SMTPUTF8": ("", "SMTPUTF8 without a value"),  # RFC 6531
-        "MAIL AUTH": (".+", "AUTH=<>"),  # who wrote the message: of use to relays (RFC 4954 5)
+        "MAIL AUTH": (".+", "AUTH=<>"),  # the author, for relays (RFC 4954 5)
     }
 
     def read_path(self, verb: str, arg: str) -> str:
@@ -644,7 +644,9 @@ class ESMTPHandler(SMTPHandler):
 
     def deliver(self, envelope: Envelope) -> None:
         """Store a message, publish it (part 4), show it. Raise Refused(4xx) if it can't be kept."""
-        members: list[str] = []  # of lists; a real one would also have bounces go to itself
+        members: list[
+            str
+        ] = []  # of mailing lists; a real list also puts in a reverse-path of its own
         for address in envelope.recipients:
             name = address.rpartition("@")[0] or address
             members += self.server.lists.get(name.lower(), [address])
@@ -725,7 +727,9 @@ class Security(LineHandler):
         assert tls  # refusal() has looked
         try:  # in two steps, so that cut() can end the second one
             self.connection = tls.wrap_socket(tcp, server_side=True, do_handshake_on_connect=False)
-            self.connection.settimeout(min(self.server.timeout, 10**6))  # OpenSSL needs Python's
+            self.connection.settimeout(
+                min(self.server.timeout, 10**6)
+            )  # OpenSSL ignores the kernel's
             self.connection.do_handshake()
         except OSError as error:
             raise Gone(f"TLS failed: {error}") from None
@@ -741,7 +745,9 @@ class Security(LineHandler):
 
     def log_in(self, name: str, password: str) -> bool:
         """Return whether a user may log in; if not, reply so. Raise Refused(421) the third time."""
-        expected = self.server.users.get(name, "no such user")  # compare in any case: same time
+        expected = self.server.users.get(
+            name, "no such user"
+        )  # compared as well, to take the same time
         # Trap: == takes the longer, the more of the password is right
         same = hmac.compare_digest(password.encode("utf-8", "replace"), expected.encode())
         if not self.server.users or (same and name in self.server.users):  # no --users: anyone may
@@ -755,7 +761,8 @@ class Security(LineHandler):
 
     def conceal(self, line: str) -> str:
         """Return a line without a password, in which the codes of an arrow key, or the "C: " of a
-        pasted dialogue, may stand before AUTH or PASS. After them, show nothing but commands."""
+        pasted dialogue, may stand before AUTH or PASS. After AUTH, PASS or USER, hide what is no
+        command."""
         word = r"\S*?(?:AUTH(?:\s+(?:PLAIN|LOGIN)\b)?|PASS|LOGIN)"
         hidden = rf"(?i)\s*({word}|\S+\s+{word}(?=\s)|USER\s+\S+(?=\s)).+"
         verb = line.partition(" ")[0].upper()
@@ -770,7 +777,7 @@ class SecureHandler(Security, ESMTPHandler):
     """SMTP with STARTTLS and AUTH: what this program speaks."""
 
     line_limit = 12288  # octets; for the answers that AUTH gets (RFC 4954 4)
-    # Trap: clients that see STARTTLS insist on it, so do_EHLO() names only what fits
+    # Trap: clients that see STARTTLS insist on it, so do_EHLO() names only what it can do now
     extensions = [*ESMTPHandler.extensions, "STARTTLS", "AUTH PLAIN LOGIN"]
     rules: Rules = (
         *ESMTPHandler.rules,
@@ -796,7 +803,7 @@ class SecureHandler(Security, ESMTPHandler):
     def do_AUTH(self, arg: str) -> None:
         """AUTH PLAIN|LOGIN [base64] - logs in, with name and password (RFC 4954)"""
         mechanism, initial = self.match("AUTH", "([!-~]+) *(.*)", arg).groups()
-        if mechanism.upper() == "PLAIN":  # RFC 4616; in front may stand whom to act for: oneself
+        if mechanism.upper() == "PLAIN":  # RFC 4616; the first part may name only oneself
             answer = re.fullmatch("(.*)\0(.+)\0(.+)", self.ask("", initial), re.DOTALL)
             if not answer or answer[1] not in ("", answer[2]):
                 raise Refused(501, "Send base64 of NUL, name, NUL, password")
@@ -841,7 +848,7 @@ class Maildir:
 
     def folder(self, address: str) -> str:
         """Return the directory of an address. Raise Refused(553) if its name would be too long.
-        Trap: "../x" would be elsewhere, and "con.x" a device on Windows, so some is encoded."""
+        Trap: "../x" would be elsewhere, and "con.x" a device on Windows, so they are encoded."""
         name = urllib.parse.quote(address.lower(), safe="@+").replace("~", "%7E")
         if re.match(r"\.|(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name):
             name = f"%{ord(name[0]):02X}{name[1:]}"
@@ -851,7 +858,9 @@ class Maildir:
     def store(self, envelope: Envelope) -> None:
         """Keep a copy for each recipient. If one fails, keep none and raise Refused(451 or 452)."""
         now = f"{time.time():.6f}".replace(".", ".M")  # seconds, microseconds
-        name = f"{now}P{os.getpid()}Q{next(self.numbers)}.{ESMTPHandler.hostname}"  # no other has
+        name = (
+            f"{now}P{os.getpid()}Q{next(self.numbers)}.{ESMTPHandler.hostname}"  # of no other file
+        )
         envelope.trace += f" id {name};\n\t{time.strftime('%a, %d %b %Y %H:%M:%S %z')}"
         copies = {self.folder(address): address for address in envelope.recipients}
         try:
@@ -860,15 +869,14 @@ class Maildir:
             for folder in copies:
                 os.rename(f"{folder}/tmp/{name}", f"{folder}/new/{name}")
                 self.sync(f"{folder}/new")
-        except Exception as error:  # Trap: whatever it was, the message is not kept
+        except Exception as error:  # Trap: whatever the error, the message is not kept
             for folder, place in itertools.product(copies, ("tmp", "new")):
                 with suppress(OSError):
                     os.unlink(f"{folder}/{place}/{name}")
             self.durable.clear()  # somebody may have removed directories
             warn(f"message not kept: {error!r}")
             full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            code = 452 if full else 451
-            raise Refused(code, "Not kept, disk trouble: try again later") from None
+            raise Refused(452 if full else 451, "Not kept, disk trouble: try again later") from None
 
     def write(self, folder: str, name: str, envelope: Envelope, address: str) -> None:
         """Write the copy for an address (RFC 5321 4.4) to a file in tmp/, and on to the disk."""
@@ -929,9 +937,9 @@ class POP3Handler(Security):
     unknown_verb = 450  # no error to count: mail readers try which verbs there are
     address = ""  # whose mailbox it is about
     folder = ""  # where that is, once it is open
-    box: mailbox.Maildir | None = None  # what reads it, if there is one
-    stored: dict[int, tuple[str, int]] = {}  # by number, a message's name in it, and its octets
-    messages: dict[int, tuple[str, int]] = {}  # those of them that DELE has not marked
+    box: mailbox.Maildir | None = None  # reads it, once the directory exists
+    stored: dict[int, tuple[str, int]] = {}  # by number, the name and the octets of a message
+    messages: dict[int, tuple[str, int]] = {}  # the stored ones that DELE has not marked
     inside = {"STAT", "LIST", "UIDL", "RETR", "TOP", "DELE", "RSET", "SUBSCRIBE"}
     rules: Rules = (  # RFC 1939 3
         *Security.rules,
@@ -950,17 +958,17 @@ class POP3Handler(Security):
         """Return the lines of a reply: +OK or -ERR for the code, then the rest as it is."""
         return [("+OK " if code < 400 else "-ERR ") + lines[0], *lines[1:]]
 
-    def look(self) -> list[int]:
-        """Give numbers to the messages that came since the last look. Return the numbers."""
+    def look(self) -> list[str]:
+        """Give numbers to the messages that came since the last look. Return their names."""
         if self.box is None and os.path.isdir(f"{self.folder}/new"):
             self.box = mailbox.Maildir(self.folder)
         names = set(self.box.keys()) if self.box is not None else set()
-        first = len(self.stored) + 1
+        new = []
         for name in sorted(names - {known for known, _ in self.stored.values()}):
             with suppress(Refused):
-                self.stored[len(self.stored) + 1] = (name, len(self.load(name)))
-        new = list(range(first, len(self.stored) + 1))
-        self.messages.update({number: self.stored[number] for number in new})
+                number, octets = len(self.stored) + 1, len(self.load(name))
+                self.stored[number] = self.messages[number] = (name, octets)
+                new.append(name)
         return new
 
     def load(self, name: str) -> bytes:
@@ -1021,7 +1029,7 @@ class POP3Handler(Security):
         busy = maildir.holders.setdefault(folder, self) is not self
         refuse_if(busy, 450, "[IN-USE] Another session has the mailbox open: try again later")
         self.folder, self.stored, self.messages = folder, {}, {}
-        self.look()  # Trap: only now that nobody else deletes them
+        self.look()  # Trap: only now that no other session deletes messages
         self.reply(250, f"{len(self.messages)} messages")
 
     def do_STAT(self, arg: str) -> None:
@@ -1063,6 +1071,7 @@ class POP3Handler(Security):
 
     def do_QUIT(self, arg: str) -> None:
         """QUIT - deletes the messages that DELE has marked, and ends the session"""
+        self.match("QUIT", "", arg)
         kept = 0
         for number in self.stored.keys() - self.messages.keys():
             try:
@@ -1074,13 +1083,14 @@ class POP3Handler(Security):
         super().do_QUIT(arg)
 
     def notice(self, envelope: Envelope) -> None:
-        """Note that mail has come. The sender, whose thread this is, waits no longer than that."""
+        """Note that mail has come, in the thread of the sender, who must not wait for us."""
         if self.address.lower() in (address.lower() for address in envelope.recipients):
             self.news.set()
 
     def do_SUBSCRIBE(self, arg: str) -> None:
         """SUBSCRIBE - sends each message as it comes, until you send a line"""
         self.news = threading.Event()
+        self.news.set()  # mail may have come since PASS
         self.server.mailroom.subscribe(self.notice)
         self.reply(250, "Send a line to stop")
         try:
@@ -1090,8 +1100,8 @@ class POP3Handler(Security):
                     self.flush()
                     if self.news.wait(0.2):
                         self.news.clear()
-                        for number in self.look():
-                            self.send_message(self.load(self.stored[number][0]))
+                        for name in self.look():
+                            self.send_message(self.load(name))
         finally:
             self.server.mailroom.subscribers.remove(self.notice)
         self.read_line()
@@ -1115,7 +1125,7 @@ class MailServer(SmallServer):
     maildir: Maildir | None = None
     mailroom: Mailroom = field(default_factory=Mailroom)
 
-    # Not settings: the clients that wait for a thread, and how many threads wait for a client.
+    # Not settings: clients that have no thread yet, and a count of the threads without a client.
     clients: queue.SimpleQueue[Any] = field(init=False, default_factory=queue.SimpleQueue)
     idle: threading.Semaphore = field(init=False, default_factory=lambda: threading.Semaphore(0))
 
@@ -1129,7 +1139,7 @@ class MailServer(SmallServer):
                     raise ValueError(f"list {name}={member} is not like team=ann@example.com")
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a client that has connected, in a thread whose client has left, if there is one."""
+        """Give a client that has connected to a thread whose client has left, or to a new one."""
         if self.serial or self.stopping:
             return super().process_request(request, client_address)
         if not self.idle.acquire(blocking=False):
@@ -1143,7 +1153,8 @@ class MailServer(SmallServer):
                 self.process_request_thread(*self.clients.get(timeout=1))
                 self.idle.release()
             except queue.Empty:
-                if self.idle.acquire(blocking=False):  # Trap: else a client counts on this thread
+                # Trap: if the count is 0 already, a client has been promised this thread
+                if self.idle.acquire(blocking=False):
                     return
 
 
@@ -1156,13 +1167,12 @@ def describe(envelope: Envelope) -> list[str]:
     text = re.sub("(?<!\r)\n", "<LF>\n", text).replace("\r\n", "\n")
     raw = text.removesuffix("\n").split("\n")
     count = max(1, envelope.content.count(b"\n"))
-    decoded = []
+    title, most = "---- message", 100
     with suppress(Exception):  # the email package fails at odd messages: show what came
-        decoded = decode(envelope.content)
-    if decoded:
-        lines += ["---- decoded", *first_lines(decoded, 100, len(decoded))]
-        return [*lines, "---- as it came", *first_lines(raw, 20, count), "----"]
-    return [*lines, "---- message", *first_lines(raw, 100, count), "----"]
+        if decoded := decode(envelope.content):
+            lines += ["---- decoded", *first_lines(decoded, 100, len(decoded))]
+            title, most = "---- as it came", 20
+    return [*lines, title, *first_lines(raw, most, count), "----"]
 
 
 def first_lines(lines: list[str], most: int, count: int) -> list[str]:
@@ -1179,7 +1189,7 @@ def decode(content: bytearray) -> list[str]:
         return []
     lower = b"\n" + content.lower()
     parts = lower.count(b"boundary") + lower.count(b"message/")
-    long_header = re.search(rb"\ncontent-[^:]*:(?:.|\n[ \t]){1000}", lower)
+    long_header = re.search(rb"\ncontent-[^:\n]*:(?:.|\n[ \t]){1000}", lower)
     if long_header or parts > 10 or lower.count(b"\n") > 10_000:
         return []
     message, lines = email.message_from_bytes(content), []
@@ -1219,9 +1229,9 @@ class Terminal(Console):
     def print_lines(self) -> None:
         """Print what show() is given, replies in colour, until close() is called."""
         while (line := self.waiting.get()) is not None:
-            reply = re.search(r"(?<=\] S: )\S", line) if self.coloured else None
-            if reply:  # red, or green and yellow by the code's first character
-                colour = {"2": 32, "3": 32, "+": 32, "4": 33}.get(reply[0], 31)
+            if self.coloured and (reply := re.match(r"\[[^]]*\] S: (.)", line)):
+                # red, or green and yellow by the code's first character
+                colour = {"2": 32, "3": 32, "+": 32, "4": 33}.get(reply[1], 31)
                 line = line.replace("S: ", f"\x1b[{colour}mS: ", 1) + "\x1b[0m"
             with suppress(OSError, ValueError):  # stdout is full or closed
                 print(line, flush=self.waiting.empty())
@@ -1239,16 +1249,14 @@ class Terminal(Console):
 
 
 def give_up(text: str) -> NoReturn:
-    """End the program, since it was started in a wrong way; say which."""
+    """Say what is wrong with the command line, and end the program."""
     warn(f"{text}; see --help")
     sys.exit(2)
 
 
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line; None is the program's own. A wrong flag ends the program."""
-    about = (
-        "A mail server to learn from and to test with: telnet to it, or have a program send mail."
-    )
+    about = "A mail server to learn from and to test with: telnet to it, or let programs send mail."
     example = "Try: mailserver.py --fail RCPT=450; mailserver.py --maildir Maildir --pop3-port 2526"
     parser = argparse.ArgumentParser("mailserver.py", None, about, example)
     parser.error = give_up  # type: ignore
@@ -1273,22 +1281,20 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def read_users(path: str) -> dict[str, str]:
     """Return names and passwords from lines of name:password. Raise OSError or ValueError."""
-    users = {}
-    for number, line in enumerate(open(path, encoding="utf-8-sig"), 1):
-        name, colon, password = line.strip().partition(":")
-        if line.strip() and not line.startswith("#"):
-            if not (name and password):
-                raise ValueError(f"users {path}: line {number} is not name:password")
-            users[name] = password
-    if not users:
-        raise ValueError(f"users {path}: nobody is named; write a line with name:password")
+    with open(path, encoding="utf-8-sig") as file:
+        lines = [line.strip() for line in file]
+    users = dict(line.split(":", 1) for line in lines if re.match("[^#:][^:]*:.", line))
+    wrong = [n for n, line in enumerate(lines, 1) if not re.match("#|$|[^:]+:.", line)]
+    if wrong or not users:
+        where = f"line {wrong[0]} is not" if wrong else "nobody is named; write a line with"
+        raise ValueError(f"users {path}: {where} name:password")
     return users
 
 
 def tls_context(cert: str | os.PathLike[str], key: str | os.PathLike[str]) -> ssl.SSLContext:
     """Return what TLS needs, from the files of a certificate and its key. Raise OSError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # TLS 1.2 or newer
-    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # Trap: else no 421 at the end
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # Trap: else stop() sends no 421
     for path in (cert, key):
         open(path, "rb").close()  # if this fails, the error names the file; OpenSSL's does not
     context.load_cert_chain(cert, key, password="")  # else OpenSSL would ask for one
@@ -1296,7 +1302,7 @@ def tls_context(cert: str | os.PathLike[str], key: str | os.PathLike[str]) -> ss
 
 
 def settings_of(flags: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings of MailServer that flags give as they are, and --fail and --list."""
+    """Return the settings of MailServer that the flags name, but for those that name files."""
     names = ("serial", "max_size", "max_clients", "timeout", "require_auth")
     settings: dict[str, Any] = {name: getattr(flags, name) for name in names}
     lists = (text.partition("=") for text in flags.list)
@@ -1306,24 +1312,23 @@ def settings_of(flags: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def make_servers(
-    flags: argparse.Namespace, handler: type[LineHandler], console: Console | None
-) -> list[MailServer]:
+def make_servers(flags: argparse.Namespace, **settings: Any) -> list[MailServer]:
     """Make the server for SMTP, and the one for POP3 if there is a port for it."""
     try:
-        settings = settings_of(flags) | {"console": console, "mailroom": Mailroom()}
+        settings |= settings_of(flags) | {"mailroom": Mailroom()}
         for name, read in (("users", read_users), ("maildir", Maildir), ("tls", tls_context)):
             if values := getattr(flags, name):
                 given = f"--{name} {' '.join(values)}"
                 settings[name] = read(*values)
         given, place = f"--host {flags.host} --port {flags.port}", (flags.host, flags.port)
-        servers = [MailServer(place, handler, **settings)]
+        servers = [MailServer(place, **settings)]
         if flags.pop3_port is not None:
             if not flags.maildir:
                 raise ValueError("pop3-port needs --maildir DIR")
-            settings |= {"fail": {}, "timeout": 2 * flags.timeout}  # RFC 1939 3 wants 10 minutes
+            settings |= {"handler": POP3Handler, "fail": {}}
+            settings["timeout"] *= 2  # RFC 1939 3 wants 10 minutes
             given, place = f"--pop3-port {flags.pop3_port}", (flags.host, flags.pop3_port)
-            servers.append(MailServer(place, POP3Handler, **settings))
+            servers.append(MailServer(place, **settings))
     except OSError as error:
         file = f"{error.filename}: " if error.filename else ""
         give_up(f"cannot use {given}: {file}{error.strerror}; choose another")
@@ -1350,7 +1355,7 @@ def announce(servers: list[MailServer], console: Console) -> None:
 
 
 def tune_process() -> None:
-    """Take one core, and two file descriptors a client, on a system that lets us choose."""
+    """Use one core only, and allow 4,096 open files, on a system that lets us choose."""
     with suppress(ImportError, AttributeError, ValueError, OSError):  # some systems lack these
         import resource
 
@@ -1366,8 +1371,8 @@ def main(argv: list[str] | None = None, handler: type[LineHandler] = SecureHandl
     """Run the program: read the flags, listen, serve, wait for Ctrl-C or TERM, stop."""
     flags = read_flags(argv)
     tune_process()
-    terminal = Terminal()  # now, since its thread keeps the cores that it starts with
-    servers = make_servers(flags, handler, None if flags.quiet else terminal)
+    terminal = Terminal()  # after tune_process(): a thread keeps the cores that it starts with
+    servers = make_servers(flags, handler=handler, console=None if flags.quiet else terminal)
     ours, pythons = socket.socketpair()
     pythons.setblocking(False)
     signal.set_wakeup_fd(pythons.fileno())  # Python writes to it when a signal comes

@@ -990,7 +990,7 @@ TRAPS = [
         "Ctrl-C in the server's terminal: the 421 does not come.",
     ),
     Trap(
-        "if LF.LF ended",
+        "if LF.LF ended all",
         r'b"\r\n": re.compile(rb"\r\n\.\r\n"),',
         r'b"\r\n": re.compile(rb"\r\n\.\r\n|\n\.\n"),',
         "WireTest.test_after_data_in_crlf_no_other_ending_counts",
@@ -1032,7 +1032,7 @@ TRAPS = [
         """Start it with --maildir Maildir, send a mail to <"../../x"@example.com>, look for it.""",
     ),
     Trap(
-        "whatever it was, the message is not kept",
+        "whatever the error, the message is not kept",
         "except Exception as error:  # Trap: whatever",
         "except OSError as error:  # Trap: whatever",
         "KeepingTest.test_any_failure_to_keep_it_is_a_failure",
@@ -1059,12 +1059,12 @@ TRAPS = [
         "Start it with --maildir Maildir, send a mail, and cut the machine's power after the 250.",
     ),
     Trap(
-        "only now that nobody else deletes them",
+        "only now that no other session deletes messages",
         """\
         busy = maildir.holders.setdefault(folder, self) is not self
         refuse_if(busy, 450, "[IN-USE] Another session has the mailbox open: try again later")
         self.folder, self.stored, self.messages = folder, {}, {}
-        self.look()  # Trap: only now that nobody else deletes them
+        self.look()  # Trap: only now that no other session deletes messages
 """,
         """\
         self.folder, self.stored, self.messages = folder, {}, {}
@@ -1079,14 +1079,14 @@ TRAPS = [
         "another client sends QUIT after DELE: LIST shows what is deleted.",
     ),
     Trap(
-        "else a client counts on this thread",
-        "if self.idle.acquire(blocking=False):  # Trap",
-        "if True:  # Trap",
+        "if the count is 0 already, a client has been promised",
+        "                if self.idle.acquire(blocking=False):\n                    return",
+        "                return",
         "LifeTest.test_a_thread_that_has_waited_too_long_when_a_client_comes",
         "Not to be seen in telnet, but once in many hours: a client connects, and is not greeted.",
     ),
     Trap(
-        "else no 421 at the end",
+        "else stop() sends no 421",
         'context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)',
         "pass",
         "SecureTest.test_stop_in_tls",
@@ -2303,6 +2303,7 @@ class DescribeTest(unittest.TestCase):
             "semicolons": encoded % (b";a=" * 250_000),
             "a long line": b"x" * 9 * 2**20 + b"\r\n",
             "a Subject": b"Subject: " + b"=?utf-8?q?x?= " * 1000 + b"\r\n\r\nhi\r\n",
+            "header names": b"Subject: =?x\r\n" + b"content-\n" * 110_000,
             "control characters": b"\x01" * 900_000 + b"\r\n",
             "short lines": b".\r\n" * 3_000_000,
         }
