@@ -664,8 +664,8 @@ class ESMTPHandler(SMTPHandler):
     def do_EHLO(self, arg: str) -> None:
         """EHLO your-domain.example - says who you are, and asks what there is"""
         self.introduce("EHLO", arg)
-        more = [name for name in self.extensions if name.split()[0] in self.verbs()]
-        size = f"SIZE {self.server.max_size}"
+        verbs, size = self.verbs(), f"SIZE {self.server.max_size}"
+        more = [name for name in self.extensions if name.split()[0] in verbs]
         self.reply(250, "Hello", size, "8BITMIME", "PIPELINING", "SMTPUTF8", *more)
 
     def do_RSET(self, arg: str) -> None:
@@ -743,27 +743,25 @@ class Security(LineHandler):
                 tls.unwrap()
         super().finish()
 
-    def log_in(self, name: str, password: str) -> bool:
-        """Return whether a user may log in; if not, reply so. Raise Refused(421) the third time."""
+    def log_in(self, name: str, password: str) -> None:
+        """Log a user in. Raise Refused(535), or Refused(421) the third time."""
         expected = self.server.users.get(
             name, "no such user"
         )  # compared as well, to take the same time
         # Trap: == takes the longer, the more of the password is right
         same = hmac.compare_digest(password.encode("utf-8", "replace"), expected.encode())
-        if not self.server.users or (same and name in self.server.users):  # no --users: anyone may
-            self.user = name
-            self.expects_secret = False
-            return True
-        self.reply(535, "Wrong name or password")
-        self.wrong_passwords += 1
-        refuse_if(self.wrong_passwords == 3, 421, "Three wrong passwords are enough")
-        return False
+        if self.server.users and not (same and name in self.server.users):  # no --users: anyone may
+            self.wrong_passwords += 1
+            refuse_if(self.wrong_passwords == 3, 421, "Three wrong passwords are enough")
+            raise Refused(535, "Wrong name or password")
+        self.user = name
+        self.expects_secret = False
 
     def conceal(self, line: str) -> str:
         """Return a line without a password, in which the codes of an arrow key, or the "C: " of a
         pasted dialogue, may stand before AUTH or PASS. After AUTH, PASS or USER, hide what is no
         command."""
-        word = r"\S*?(?:AUTH(?:\s+(?:PLAIN|LOGIN)\b)?|PASS|LOGIN)"
+        word = r"\S*?(?:AUTH(?:\s+(?:PLAIN|LOGIN)\b|(?!\s+(?:PLAIN|LOGIN)\b))|PASS|LOGIN)"
         hidden = rf"(?i)\s*({word}|\S+\s+{word}(?=\s)|USER\s+\S+(?=\s)).+"
         verb = line.partition(" ")[0].upper()
         if re.match(hidden, line) or verb.endswith(("AUTH", "PASS", "USER")):
@@ -812,8 +810,8 @@ class SecureHandler(Security, ESMTPHandler):
             name, password = self.ask("Username:", initial), self.ask("Password:")
         else:
             raise Refused(504, "Send AUTH PLAIN or AUTH LOGIN")
-        if self.log_in(name, password):
-            self.reply(235, "Welcome")
+        self.log_in(name, password)
+        self.reply(235, "Welcome")
 
     def ask(self, question: str, answer: str = "") -> str:
         """Ask, if the answer is not here yet; decode it. Raise Refused(501) if it is no base64."""
@@ -1020,8 +1018,7 @@ class POP3Handler(Security):
 
     def do_PASS(self, arg: str) -> None:
         """PASS password - opens the mailbox"""
-        if not self.log_in(self.address, arg):
-            return
+        self.log_in(self.address, arg)
         maildir = self.server.maildir
         if not maildir:
             raise Refused(550, "No mailboxes here: the server was started without --maildir")

@@ -1019,7 +1019,7 @@ TRAPS = [
     ),
     Trap(
         "clients that see STARTTLS insist on it",
-        "[name for name in self.extensions if name.split()[0] in self.verbs()]",
+        "[name for name in self.extensions if name.split()[0] in verbs]",
         "self.extensions",
         "AuthTest.test_not_offered_where_it_would_be_refused",
         "Say EHLO, and do what it offers: STARTTLS. Then try curl --ssl.",
@@ -2306,6 +2306,7 @@ class DescribeTest(unittest.TestCase):
             "header names": b"Subject: =?x\r\n" + b"content-\n" * 110_000,
             "control characters": b"\x01" * 900_000 + b"\r\n",
             "short lines": b".\r\n" * 3_000_000,
+            "no colon": b"Subject: =?utf-8?q?x?=\r\n\r\n" + b"content-x\n" * 90_000,
         }
 
     def test_hostile_mail_is_shown_raw(self) -> None:
@@ -2386,10 +2387,12 @@ class TerminalTest(unittest.TestCase):
             ):
                 terminal = mailserver.Terminal()
                 terminal.show("[1] C: HELO x", "[1] S: 250 Hello", "[1] S: 450 No", "[1] S: 550 No")
+                terminal.show("[1] | [1] S: 250 OK")
                 terminal.close()
             colours = re.findall(r"\[1\] (\x1b\[3[0-9]m)S: ... \w+\x1b\[0m\n", out.getvalue())
             self.assertEqual(len(set(colours)), 3 if coloured else 0)
             self.assertIn("[1] C: HELO x\n", out.getvalue())
+            self.assertIn("[1] | [1] S: 250 OK\n", out.getvalue())
 
     def test_a_flood_is_printed_in_pieces(self) -> None:
         class Endless(queue.Queue[Any]):  # as if clients added lines as fast as they are printed
@@ -2971,7 +2974,8 @@ class AuthTest(DialogueTest):
 
     def test_three_failures(self) -> None:
         wrong = "C: AUTH PLAIN AGFubgB3cm9uZw==\nS: 535 Wrong name or password"
-        self.dialogue(f"{EHLO}\n{times(3, wrong)}\nS: 421 ...\nS: (closed)")
+        last = "C: AUTH PLAIN AGFubgB3cm9uZw==\nS: 421 Three wrong passwords..."
+        self.dialogue(f"{EHLO}\n{times(2, wrong)}\n{last}\nS: (closed)")
 
     def test_before_ehlo(self) -> None:
         self.dialogue("S: 220 ...\nC: AUTH PLAIN AGFubgBzZWNyZXQ=\nS: 503 Send EHLO before AUTH")
@@ -3039,6 +3043,7 @@ class AuthTest(DialogueTest):
                 with self.subTest(lines[0][:40], answers=lines[1:], users=bool(settings)):
                     self.assertNotIn("secret", self.shown(*lines, **settings))
         self.assertIn("C: AUTH PLAIN ********", self.shown("AUTH PLAIN secret"))
+        self.assertIn("C: AUTH LOGIN\n", self.shown("AUTH LOGIN", "*"))
         self.assertIn("C: hello", self.shown("hello"))
 
     def test_without_users_any_login_will_do(self) -> None:
@@ -3473,7 +3478,8 @@ class POP3Test(TLSTest):
         right = "C: PASS secret\nS: +OK 0 messages\nC: QUIT\nS: +OK Bye"
         self.dialogue(f"S: +OK ...\n{user}\n{right}")
         wrong = f"{user}\nC: PASS wrong\nS: -ERR Wrong..."
-        self.dialogue(f"S: +OK ...\n{times(3, wrong)}\nS: -ERR ...\nS: (closed)")
+        last = f"{user}\nC: PASS wrong\nS: -ERR Three wrong passwords...\nS: (closed)"
+        self.dialogue(f"S: +OK ...\n{times(2, wrong)}\n{last}")
 
     def test_a_password_that_is_no_text(self) -> None:
         self.server = self.serve_pop3(users={"bob@example.com": "secret"})
@@ -3661,6 +3667,12 @@ class POP3Test(TLSTest):
             self.play(f"{self.login(3)}\n{dele}\nC: QUIT\nS: -ERR Bye, but 1 ...\nS: (closed)")
         self.assertEqual(files(self.folder), [one])
 
+    def test_quit_that_is_refused_deletes_nothing(self) -> None:
+        self.send()
+        dele = "C: DELE 1\nS: +OK ...\nC: QUIT now\nS: -ERR Syntax: QUIT\nC: RSET\nS: +OK ..."
+        self.play(f"{self.login(1)}\n{dele}\nC: STAT\nS: +OK 1 {self.size()}\nC: QUIT\nS: +OK Bye")
+        self.assertEqual(len(files(self.folder)), 1)
+
     def test_a_file_that_a_mail_reader_deleted(self) -> None:
         self.send()
         client = self.open_mailbox()
@@ -3773,6 +3785,12 @@ class POP3Test(TLSTest):
         client.converse("C: enough\nS: +OK ...\nC: STAT\nS: +OK 2 ...\nC: QUIT\nS: +OK Bye")
         wait_until(lambda: not self.server.sessions)
         self.assertEqual(len(self.settings["mailroom"].subscribers), 2)
+
+    def test_mail_between_pass_and_subscribe(self) -> None:
+        client = self.open_mailbox()
+        self.send()
+        client.converse("C: STAT\nS: +OK 0 0\nC: SUBSCRIBE\nS: +OK ...")
+        client.expect(f"+OK {self.size()} octets")
 
     def test_a_subscriber_that_leaves(self) -> None:
         self.subscribe().close()
