@@ -72,7 +72,6 @@ import signal
 import socket
 import socketserver
 import ssl
-import struct
 import sys
 import threading
 import time
@@ -154,13 +153,14 @@ class SmallServer(socketserver.ThreadingTCPServer):
         self.check_settings()
         self.sessions: set[LineHandler] = set()
         self.stopping = ""  # why all sessions are to end, once stop() was called
-        self.loop = threading.Thread(target=self.serve_forever, daemon=True)
+        self.loop: threading.Thread | None = None  # runs serve_forever(), after start()
         self.address_family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
         super().__init__(self.address, self.handler)
         self.host, self.port = str(self.server_address[0]), int(self.server_address[1])
 
     def start(self) -> None:
         """Call serve_forever() in a thread of its own; return at once."""
+        self.loop = threading.Thread(target=self.serve_forever, daemon=True)
         self.loop.start()
 
     def serve_forever(self, poll_interval: float = 0) -> None:
@@ -197,8 +197,9 @@ class SmallServer(socketserver.ThreadingTCPServer):
             session.hang_up(self.stopping)
         for session in self.wait_for_sessions(self.grace):
             session.cut()
-        with suppress(OSError, RuntimeError):  # the loop never started, or calls this itself
-            socket.create_connection((self.host, self.port), timeout=1).close()  # to wake the loop
+        with suppress(OSError):  # be a client, to wake serve_forever()
+            socket.create_connection((self.host, self.port), timeout=1).close()
+        if self.loop and self.loop != threading.current_thread():
             self.loop.join(self.grace)
         self.server_close()
 
@@ -239,12 +240,7 @@ class LineHandler(socketserver.StreamRequestHandler):
     def setup(self) -> None:
         """Prepare the session, and find out whether the client can stay."""
         super().setup()
-        seconds = min(self.server.timeout, 10**6)
-        self.connection.settimeout(seconds if os.name == "nt" else None)
-        if os.name != "nt":  # have the kernel wait; Python would call poll() before each recv()
-            wait = struct.pack("ll", int(seconds), max(1, int(seconds % 1 * 10**6)))
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
+        self.connection.settimeout(min(self.server.timeout, 10**6))
         self.received = bytearray()  # from the client, and not used yet
         self.unsent = bytearray()  # for the client: flush() sends it
         self.thread = threading.current_thread()
@@ -268,7 +264,7 @@ class LineHandler(socketserver.StreamRequestHandler):
         except Gone as gone:
             where = "in the middle of a message: dropped" if self.code == 354 else "without QUIT"
             self.log("-: ", f"gone {where} {gone}".rstrip())
-        except Exception as error:  # nobody knows where in the dialogue we are, so hang up
+        except (Exception, SystemExit) as error:  # nobody knows where we are, so hang up
             warn(f"session {self.number} failed: {error!r}")
             with suppress(Gone):
                 self.reply(421, "The server failed at this: try again later")
@@ -389,7 +385,7 @@ class LineHandler(socketserver.StreamRequestHandler):
         self.flush()  # not sooner: ten commands in one packet get ten replies in one packet
         try:
             data = self.connection.recv(64 * 1024)
-        except (TimeoutError, BlockingIOError):
+        except TimeoutError:
             raise Refused(421, "Nothing heard for too long") from None
         except OSError:
             data = b""  # a connection that breaks is as good as one that ends
@@ -411,7 +407,7 @@ class LineHandler(socketserver.StreamRequestHandler):
         try:
             while self.unsent:
                 del self.unsent[: self.connection.send(self.unsent[: 64 * 1024])]
-        except (TimeoutError, BlockingIOError):
+        except TimeoutError:
             raise Gone("(cut off: it read nothing for too long)") from None
         except OSError:
             raise Gone(self.farewell) from None
@@ -430,9 +426,10 @@ class LineHandler(socketserver.StreamRequestHandler):
 
 def printable(text: str) -> str:
     """Return 500 characters of text, escaping what could clear a terminal, or type into it."""
-    text = text[:500].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    if not text.isprintable():
-        text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    text = text[:500]
+    if not text.isprintable():  # "\udcff" stands for the byte \xff, which is no UTF-8
+        shown = (char if char.isprintable() else ascii(char)[1:-1] for char in text)
+        text = "".join(char.replace(r"\udc", r"\x") for char in shown)
     return text[:500]
 
 
@@ -727,9 +724,6 @@ class Security(LineHandler):
         assert tls  # refusal() has looked
         try:  # in two steps, so that cut() can end the second one
             self.connection = tls.wrap_socket(tcp, server_side=True, do_handshake_on_connect=False)
-            self.connection.settimeout(
-                min(self.server.timeout, 10**6)
-            )  # OpenSSL ignores the kernel's
             self.connection.do_handshake()
         except OSError as error:
             raise Gone(f"TLS failed: {error}") from None
@@ -745,12 +739,11 @@ class Security(LineHandler):
 
     def log_in(self, name: str, password: str) -> None:
         """Log a user in. Raise Refused(535), or Refused(421) the third time."""
-        expected = self.server.users.get(
-            name, "no such user"
-        )  # compared as well, to take the same time
-        # Trap: == takes the longer, the more of the password is right
-        same = hmac.compare_digest(password.encode("utf-8", "replace"), expected.encode())
-        if self.server.users and not (same and name in self.server.users):  # no --users: anyone may
+        # Compare in any case, for the same time. Trap: == takes the longer, the more is right
+        expected = self.server.users.get(name, "no such user").encode()
+        same = hmac.compare_digest(password.encode("utf-8", "surrogateescape"), expected)
+        known = same and name in self.server.users if self.server.users else name
+        if not known:  # without --users, any name will do
             self.wrong_passwords += 1
             refuse_if(self.wrong_passwords == 3, 421, "Three wrong passwords are enough")
             raise Refused(535, "Wrong name or password")
@@ -960,7 +953,9 @@ class POP3Handler(Security):
         """Give numbers to the messages that came since the last look. Return their names."""
         if self.box is None and os.path.isdir(f"{self.folder}/new"):
             self.box = mailbox.Maildir(self.folder)
-        names = set(self.box.keys()) if self.box is not None else set()
+        names: set[str] = set()
+        if self.box is not None:  # look twice: a mail reader may move a message from new/ to cur/
+            names = {*self.box.keys(), *self.box.keys()}
         new = []
         for name in sorted(names - {known for known, _ in self.stored.values()}):
             with suppress(Refused):
@@ -1086,10 +1081,10 @@ class POP3Handler(Security):
 
     def do_SUBSCRIBE(self, arg: str) -> None:
         """SUBSCRIBE - sends each message as it comes, until you send a line"""
-        self.news = threading.Event()
-        self.news.set()  # mail may have come since PASS
-        self.server.mailroom.subscribe(self.notice)
         self.reply(250, "Send a line to stop")
+        self.news = threading.Event()
+        self.news.set()  # mail may have come since the last look
+        self.server.mailroom.subscribe(self.notice)
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self.connection, selectors.EVENT_READ)
@@ -1098,7 +1093,8 @@ class POP3Handler(Security):
                     if self.news.wait(0.2):
                         self.news.clear()
                         for name in self.look():
-                            self.send_message(self.load(name))
+                            with suppress(Refused):  # a mail reader has deleted the message
+                                self.send_message(self.load(name))
         finally:
             self.server.mailroom.subscribers.remove(self.notice)
         self.read_line()
@@ -1131,7 +1127,7 @@ class MailServer(SmallServer):
         super().check_settings()
         self.lists = {name.lower(): members for name, members in self.lists.items()}
         for name, members in self.lists.items():
-            for member in members:
+            for member in members or [""]:
                 if not re.fullmatch(ESMTPHandler.address, member, re.ASCII):
                     raise ValueError(f"list {name}={member} is not like team=ann@example.com")
 
@@ -1186,8 +1182,8 @@ def decode(content: bytearray) -> list[str]:
         return []
     lower = b"\n" + content.lower()
     parts = lower.count(b"boundary") + lower.count(b"message/")
-    long_header = re.search(rb"\ncontent-[^:\n]*:(?:.|\n[ \t]){1000}", lower)
-    if long_header or parts > 10 or lower.count(b"\n") > 10_000:
+    long_header = re.search(rb"[\r\n]content-[^:\r\n]*:(?:.|\n[ \t]){1000}", lower)
+    if long_header or parts > 10 or lower.count(b"\n") + lower.count(b"\r") > 20_000:
         return []
     message, lines = email.message_from_bytes(content), []
     for name in ("From", "To", "Subject"):
@@ -1197,6 +1193,8 @@ def decode(content: bytearray) -> list[str]:
         kind, data = part.get_content_type(), bytes(part.get_payload(decode=True) or b"")
         if kind.startswith("text/"):
             charset = part.get_content_charset("utf-8")
+            if charset.endswith("escape"):  # such a codec may print warnings
+                raise LookupError
             lines += data.decode(charset, "backslashreplace").splitlines()
         elif not part.is_multipart():
             lines.append(f"({kind}, {len(data):,} octets, {part.get_filename('no name')})")
@@ -1278,13 +1276,14 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def read_users(path: str) -> dict[str, str]:
     """Return names and passwords from lines of name:password. Raise OSError or ValueError."""
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         lines = [line.strip() for line in file]
-    users = dict(line.split(":", 1) for line in lines if re.match("[^#:][^:]*:.", line))
-    wrong = [n for n, line in enumerate(lines, 1) if not re.match("#|$|[^:]+:.", line)]
-    if wrong or not users:
-        where = f"line {wrong[0]} is not" if wrong else "nobody is named; write a line with"
-        raise ValueError(f"users {path}: {where} name:password")
+    for number, line in enumerate(lines, 1):
+        if not re.fullmatch("(#.*|[^:\udc80-\udcff]+:[^\udc80-\udcff]+)?", line):
+            raise ValueError(f"users {path}: line {number} is not name:password in UTF-8")
+    users = dict(line.split(":", 1) for line in lines if line and not line.startswith("#"))
+    if not users:
+        raise ValueError(f"users {path}: nobody is named; write a line with name:password")
     return users
 
 
@@ -1305,7 +1304,7 @@ def settings_of(flags: argparse.Namespace) -> dict[str, Any]:
     lists = (text.partition("=") for text in flags.list)
     settings["lists"] = {name: members.split(",") for name, _, members in lists}
     fail = (text.upper().partition("=") for text in flags.fail)
-    settings["fail"] = {verb: int(code) if code.isdecimal() else 0 for verb, _, code in fail}
+    settings["fail"] = {verb: int(code[:9]) if code.isdecimal() else 0 for verb, _, code in fail}
     return settings
 
 
@@ -1329,7 +1328,7 @@ def make_servers(flags: argparse.Namespace, **settings: Any) -> list[MailServer]
     except OSError as error:
         file = f"{error.filename}: " if error.filename else ""
         give_up(f"cannot use {given}: {file}{error.strerror}; choose another")
-    except ValueError as error:  # a setting that makes no sense; the text starts with its name
+    except (TypeError, ValueError) as error:  # the text starts with the name of a setting
         give_up(f"--{error}".replace("--max_", "--max-"))
     return servers
 
