@@ -3876,10 +3876,10 @@ class POP3Test(TLSTest):
                 client.skip_to(".")
             self.server.stop()
 
-    def slow_subscriber(self) -> tuple[Client, Recorder]:
+    def slow_subscriber(self, timeout: float) -> tuple[Client, Recorder]:
         """Return a client that does not read its mail, of which there is too much."""
         console = Recorder()
-        self.server = self.serve_pop3(console=console, timeout=0.5)
+        self.server = self.serve_pop3(console=console, timeout=timeout)
         client = self.subscribe()
         (session,) = self.server.sessions
         for _ in range(30):  # the kernel takes some of it; the senders wait for nobody
@@ -3888,13 +3888,13 @@ class POP3Test(TLSTest):
         return client, console
 
     def test_a_subscriber_that_does_not_read(self) -> None:
-        _, console = self.slow_subscriber()
+        _, console = self.slow_subscriber(0.5)
         wait_until(lambda: not self.server.sessions)
         self.assertIn("(cut off: it read nothing for too long)", console.text)
         self.assertEqual(len(files(self.folder)), 30)
 
     def test_a_subscriber_that_reads_slowly(self) -> None:
-        client, _ = self.slow_subscriber()
+        client, _ = self.slow_subscriber(60)
         for _ in range(30):
             client.skip_to(".")
         client.converse("C: enough\nS: +OK ...\nC: STAT\nS: +OK 30 ...")
