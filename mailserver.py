@@ -181,7 +181,7 @@ class SmallServer(socketserver.ThreadingTCPServer):
             super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say in one line what failed outside of handle(); socketserver prints a traceback."""
+        """Say in one line what failed outside of handle(), without socketserver's traceback."""
         warn(f"session failed: {sys.exc_info()[1]!r}")
 
     # A session ends when a command replies 221 or 421, after 20 errors (reply), when the client is
@@ -206,7 +206,7 @@ class SmallServer(socketserver.ThreadingTCPServer):
     __exit__ = stop  # at the end of a with block
 
     def wait_for_sessions(self, seconds: float) -> set[LineHandler]:
-        """Wait until no session is left but the one that calls this. Return the others."""
+        """Wait so long at most for all sessions but the caller's to end. Return those left."""
         own = {each for each in list(self.sessions) if each.thread == threading.current_thread()}
         deadline = time.monotonic() + seconds
         while (others := self.sessions - own) and time.monotonic() < deadline:
@@ -281,7 +281,7 @@ class LineHandler(socketserver.StreamRequestHandler):
         verb = verb.upper() if verb.isascii() else ""
         web = verb in ("GET", "POST", "CONNECT")  # a web page can have your browser connect to us
         refuse_if(web, 421, "This is a mail server: take your browser elsewhere")
-        if verb in ("C:", "S:"):  # a pasted dialogue gets one answer, not one for each line
+        if line.strip()[:2] in ("C:", "S:"):  # a pasted dialogue gets one answer in all
             recent = time.monotonic() - self.pasted < 1
             self.pasted = time.monotonic()
             refuse_if(not recent, 500, 'Leave out the "C: ", send what follows')
@@ -311,7 +311,7 @@ class LineHandler(socketserver.StreamRequestHandler):
         return [verb for verb in verbs if not self.refusal(verb)]
 
     def match(self, verb: str, pattern: str, arg: str) -> re.Match[str]:
-        """Match a whole argument with a pattern, in any case. Raise Refused(501): the syntax."""
+        """Match a whole argument with a pattern, ignoring case. Raise Refused(501): the syntax."""
         if match := re.fullmatch(pattern, arg, ANY_CASE):
             return match
         raise Refused(501, "Syntax: " + self.explain(verb).partition(" - ")[0])
@@ -370,7 +370,7 @@ class LineHandler(socketserver.StreamRequestHandler):
         del self.received[: end.end()]  # Trap: before refusing, or this line comes again
         self.newline = b"\r\n" if line.endswith((b"\r\n", b"\r\0")) else b"\n"
         text = line.decode("utf-8", "surrogateescape").rstrip(" \t\r\n\0")
-        if not text.isprintable():  # typed by hand: do what backspace, DEL and telnet's codes mean
+        if not text.isprintable():  # typed by hand: obey backspace and DEL, drop telnet's codes
             typed = re.sub("\udcff(?:[\udcfb-\udcfe].|\udcfa.{,40}?\udcff\udcf0|.)", "", text)
             text = ""
             for char in typed:
@@ -400,7 +400,7 @@ class LineHandler(socketserver.StreamRequestHandler):
             del self.received[asked : asked + 3]
             self.unsent += b"\xff\xfc\x06"
         tls = self.received.startswith(b"\x16\x03")  # how a TLS handshake starts (RFC 8446 5.1)
-        refuse_if(tls, 421, "Not TLS from the first byte: connect plainly, then send STARTTLS")
+        refuse_if(tls, 421, "Not TLS from the first byte: connect plainly, then start TLS")
 
     def flush(self) -> None:
         """Send the replies. Raise Gone if the connection breaks, or the client reads nothing."""
@@ -466,9 +466,9 @@ class SMTPHandler(LineHandler):
     paths = {"MAIL": "FROM: *<([!-;=?-~]*)>", "RCPT": "TO: *<([!-;=?-~]+)>"}
 
     # CRLF.CRLF ends a message. LF.LF ends one whose DATA ended in LF, which a person at nc sends.
-    # Trap: if LF.LF ended all, a relay, which sends CRLF, may smuggle one in (CVE-2023-51764).
+    # Trap: if LF.LF ended all, mail could be smuggled in through a relay (CVE-2023-51764).
     end_of_message = {b"\r\n": re.compile(rb"\r\n\.\r\n"), b"\n": re.compile(rb"\r\n\.\r\n|\n\.\n")}
-    # A last line that was meant to end the message, but does not: a command, or a dot and a blank.
+    # A line that does not end the message, but was typed as if: a command, or a dot and a blank.
     stray = rb"(?i)\n(HELP|QUIT|RSET|NOOP|DATA|(?:HELO|EHLO|MAIL|RCPT) [^\r]*|\. +)\r?\n\Z"
 
     rules: Rules = (  # RFC 5321 4.1.4
@@ -533,7 +533,9 @@ class SMTPHandler(LineHandler):
         while not (end := self.end_of_message[newline].search(self.received, searched)):
             if self.server.console and self.received.endswith((b"\n", b"\r\0")):
                 self.remark_on(self.received[self.received.rfind(b"\n", 0, -1) :][:400])
-            del self.received[2 * limit : -4]  # too big, dots or not; keep where the end may start
+            del self.received[
+                2 * limit : -4
+            ]  # too big, even without dots; keep where the end may start
             searched = max(0, len(self.received) - 4)  # the end may come in pieces
             self.receive()
         content = self.received
@@ -643,7 +645,7 @@ class ESMTPHandler(SMTPHandler):
         """Store a message, publish it (part 4), show it. Raise Refused(4xx) if it can't be kept."""
         members: list[
             str
-        ] = []  # of mailing lists; a real list also puts in a reverse-path of its own
+        ] = []  # for lists, their members; a real list also sets its own reverse-path
         for address in envelope.recipients:
             name = address.rpartition("@")[0] or address
             members += self.server.lists.get(name.lower(), [address])
@@ -730,7 +732,7 @@ class Security(LineHandler):
         self.encrypted = True
 
     def finish(self) -> None:
-        """Send close_notify, or the end might be missing (RFC 8446 6.1); then end the session."""
+        """Send close_notify: nothing was cut off (RFC 8446 6.1). Then end the session."""
         if isinstance(self.connection, ssl.SSLSocket):
             with suppress(OSError, ValueError), self.connection as tls:  # the client may be gone
                 tls.settimeout(0)  # do not wait for the client's close_notify
@@ -739,11 +741,11 @@ class Security(LineHandler):
 
     def log_in(self, name: str, password: str) -> None:
         """Log a user in. Raise Refused(535), or Refused(421) the third time."""
-        # Compare in any case, for the same time. Trap: == takes the longer, the more is right
+        # Always compare, to take the same time. Trap: == takes the longer, the more is right
         expected = self.server.users.get(name, "no such user").encode()
         same = hmac.compare_digest(password.encode("utf-8", "surrogateescape"), expected)
-        known = same and name in self.server.users if self.server.users else name
-        if not known:  # without --users, any name will do
+        known = same and name in self.server.users
+        if not known and (self.server.users or not name):  # without --users, any name will do
             self.wrong_passwords += 1
             refuse_if(self.wrong_passwords == 3, 421, "Three wrong passwords are enough")
             raise Refused(535, "Wrong name or password")
@@ -751,9 +753,8 @@ class Security(LineHandler):
         self.expects_secret = False
 
     def conceal(self, line: str) -> str:
-        """Return a line without a password, in which the codes of an arrow key, or the "C: " of a
-        pasted dialogue, may stand before AUTH or PASS. After AUTH, PASS or USER, hide what is no
-        command."""
+        """Hide a password, even if junk (an arrow key, "C: ") stands before AUTH or PASS. After
+        these or USER, hide each line that is no command, until there is a login."""
         word = r"\S*?(?:AUTH(?:\s+(?:PLAIN|LOGIN)\b|(?!\s+(?:PLAIN|LOGIN)\b))|PASS|LOGIN)"
         hidden = rf"(?i)\s*({word}|\S+\s+{word}(?=\s)|USER\s+\S+(?=\s)).+"
         verb = line.partition(" ")[0].upper()
@@ -773,19 +774,14 @@ class SecureHandler(Security, ESMTPHandler):
     rules: Rules = (
         *ESMTPHandler.rules,
         *Security.rules,
-        (
-            {"MAIL"},
-            lambda s: s.server.require_auth and not s.user,
-            530,
-            "Send AUTH before MAIL FROM",
-        ),
+        ({"MAIL"}, lambda s: s.server.require_auth and not s.user, 530, "Send AUTH before MAIL"),
         ({"AUTH"}, lambda s: s.server.tls and not s.encrypted, 538, "Send STARTTLS before AUTH"),
         ({"AUTH"}, lambda s: s.protocol == "SMTP", 503, "Send EHLO before AUTH"),
         ({"AUTH"}, lambda s: s.envelope or s.user, 503, "Send AUTH once, and before MAIL FROM"),
     )
 
     def do_STARTTLS(self, arg: str) -> None:
-        """STARTTLS - goes on encrypted, from the start (RFC 3207)"""
+        """STARTTLS - goes on encrypted; send EHLO again (RFC 3207)"""
         self.start_tls("STARTTLS", arg)
         self.helo = self.user = ""  # forget what was said in the clear (RFC 3207 4.2)
         self.protocol = "SMTP"
@@ -1132,7 +1128,7 @@ class MailServer(SmallServer):
                     raise ValueError(f"list {name}={member} is not like team=ann@example.com")
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a client that has connected to a thread whose client has left, or to a new one."""
+        """Give a new client to a thread whose client has left, or to a new thread."""
         if self.serial or self.stopping:
             return super().process_request(request, client_address)
         if not self.idle.acquire(blocking=False):
@@ -1169,14 +1165,14 @@ def describe(envelope: Envelope) -> list[str]:
 
 
 def first_lines(lines: list[str], most: int, count: int) -> list[str]:
-    """Return the first lines of a text, and how many more of its count lines there are."""
+    """Return the first lines, and how many more there are, if there are count in all."""
     more = count - len(lines[:most])
     return [f"| {line}" for line in lines[:most]] + [f"... {more:,} more lines"] * (more > 0)
 
 
 def decode(content: bytearray) -> list[str]:
     """Return the lines of a message that is encoded, with one for each part that is no text.
-    Return none if nothing is encoded, or if to decode it could take long."""
+    Return [] if nothing is encoded, or if decoding could take long."""
     encoded = rb'(?m)=\?|^content-(transfer-encoding: *[bq]|type: *([^ t]|.*charset="?[^u"]))'
     if len(content) > 2**20 or not re.search(encoded, content[: 16 * 1024].lower()):
         return []
