@@ -755,10 +755,11 @@ class Security(LineHandler):
     def conceal(self, line: str) -> str:
         """Hide a password, even if junk (an arrow key, "C: ") stands before AUTH or PASS. After
         these or USER, hide each line that is no command, until there is a login."""
-        word = r"\S*?(?:AUTH(?:\s+(?:PLAIN|LOGIN)\b|(?!\s+(?:PLAIN|LOGIN)\b))|PASS|LOGIN)"
+        word = r"\S*?(?:AUTH(?:\s+(?:PLAIN|LOGIN)\b|(?!\s+(?:PLAIN|LOGIN)\b))|PASS|LOGIN|PLAIN)"
         hidden = rf"(?i)\s*({word}|\S+\s+{word}(?=\s)|USER\s+\S+(?=\s)).+"
-        verb = line.partition(" ")[0].upper()
-        if re.match(hidden, line) or verb.endswith(("AUTH", "PASS", "USER")):
+        verb = re.sub(r"^\s*([CS]:\s*)?", "", line).partition(" ")[0].upper()
+        asks = verb.endswith(("AUTH", "PASS", "USER")) or re.search("(?i)(LOGIN|PLAIN)$", line)
+        if asks or re.match(hidden, line):
             self.expects_secret = True
             return re.sub(hidden, r"\1 ********", line)
         answer = self.code == 334 or (self.expects_secret and not hasattr(self, "do_" + verb))
@@ -937,9 +938,13 @@ class POP3Handler(Security):
 
     def finish(self) -> None:
         """Let others have the mailbox, then end the session."""
-        if self.folder and self.server.maildir:
-            self.server.maildir.holders.pop(self.folder, None)
+        self.release()
         super().finish()
+
+    def release(self) -> None:
+        """Let others have the mailbox."""
+        if self.server.maildir and self.server.maildir.holders.get(self.folder) is self:
+            del self.server.maildir.holders[self.folder]
 
     def format_reply(self, code: int, *lines: str) -> list[str]:
         """Return the lines of a reply: +OK or -ERR for the code, then the rest as it is."""
@@ -1067,6 +1072,7 @@ class POP3Handler(Security):
                 self.box.discard(self.stored[number][0])
             except OSError:
                 kept += 1
+        self.release()  # before the reply: the client may connect again at once
         refuse_if(kept, 421, f"Bye, but {kept} messages could not be deleted")
         super().do_QUIT(arg)
 
@@ -1084,8 +1090,10 @@ class POP3Handler(Security):
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self.connection, selectors.EVENT_READ)
-                while not (self.received or self.farewell or selector.select(0)):
+                while not re.search(rb"\n|\r\0|.{500}", self.received):
                     self.flush()
+                    if selector.select(0):
+                        self.receive()
                     if self.news.wait(0.2):
                         self.news.clear()
                         for name in self.look():
@@ -1173,11 +1181,12 @@ def first_lines(lines: list[str], most: int, count: int) -> list[str]:
 def decode(content: bytearray) -> list[str]:
     """Return the lines of a message that is encoded, with one for each part that is no text.
     Return [] if nothing is encoded, or if decoding could take long."""
-    encoded = rb'(?m)=\?|^content-(transfer-encoding: *[bq]|type: *([^ t]|.*charset="?[^u"]))'
+    encoded = rb'(?m)=\?|^content-(transfer-encoding: *[bq]|type:( *[^ t]|.*charset="?[^u"]))'
     if len(content) > 2**20 or not re.search(encoded, content[: 16 * 1024].lower()):
         return []
     lower = b"\n" + content.lower()
     parts = lower.count(b"boundary") + lower.count(b"message/")
+    parts += len(re.findall(rb"[\r\n]--", lower)) // 10
     long_header = re.search(rb"[\r\n]content-[^:\r\n]*:(?:.|\n[ \t]){1000}", lower)
     if long_header or parts > 10 or lower.count(b"\n") + lower.count(b"\r") > 20_000:
         return []
@@ -1189,9 +1198,9 @@ def decode(content: bytearray) -> list[str]:
         kind, data = part.get_content_type(), bytes(part.get_payload(decode=True) or b"")
         if kind.startswith("text/"):
             charset = part.get_content_charset("utf-8")
-            if charset.endswith("escape"):  # such a codec may print warnings
+            if "escape" in charset:  # such a codec may print warnings
                 raise LookupError
-            lines += data.decode(charset, "backslashreplace").splitlines()
+            lines += data[:50_000].decode(charset, "backslashreplace").splitlines()
         elif not part.is_multipart():
             lines.append(f"({kind}, {len(data):,} octets, {part.get_filename('no name')})")
     return lines

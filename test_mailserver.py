@@ -2252,7 +2252,7 @@ class DescribeTest(unittest.TestCase):
 
     def test_unknown_character_sets(self) -> None:
         head = b"Content-Type: text/plain; charset=%s\r\nContent-Transfer-Encoding: base64\r\n\r\n"
-        for charset in (b"nonsense", b"hex", b"\xff", b"unicode_escape", b"raw-unicode-escape"):
+        for charset in (b"nonsense", b"hex", b"\xff", b"unicode_escape!", b"raw-unicode-escape"):
             text = self.show(head % charset + b"YQ==\n", "b@example.com")
             self.assertIn("\n| YQ==<LF>\n----", text)
             self.assertEqual("---- decoded" in text, charset == b"\xff")  # no name at all: UTF-8
@@ -2322,6 +2322,8 @@ class DescribeTest(unittest.TestCase):
             "bare CR": b"Subject: =?utf-8?q?x?=\r\nX: y\rContent-Type: a; " + b"a=b;" * 200_000,
             "only CR": b"Subject: =?utf-8?q?x?=\r\n\r\n" + b"\r" * 1_000_000,
             "CR in headers": b"Subject: =?utf-8?q?x?=\r\n" + b"a:b\r" * 200_000,
+            "blanks": b"Content-Type:" + b" " * 16_300 + b"t\r\n\r\n",
+            "parts": b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + b"--b\n\n" * 9_900,
         }
 
     def test_hostile_mail_is_shown_raw(self) -> None:
@@ -3044,6 +3046,10 @@ class AuthTest(DialogueTest):
             [r"\x1b[A\x1b[AAUTH PLAIN secret"],
             [r"\xef\xbb\xbfAUTH PLAIN secret"],
             ["AUTH LOGIN", "C: secret"],
+            ["C: AUTH LOGIN", "S: 334 VXNlcm5hbWU6", "C: YW5u", "C: secret"],
+            ["AUHT PLAIN secret"],
+            ["PLAIN secret"],
+            ["ATUH LOGIN", "YW5u", "secret"],
             ["AUTHPLAIN secret"],
             ["AUTH:PLAIN secret"],
             ["AUTHENTICATE PLAIN secret"],
@@ -3530,6 +3536,7 @@ class POP3Test(TLSTest):
                 ["USER bob@example.com", " secret"],
                 ["USER nobody", "secret"],
                 ["USER bob@example.com", "C: PASS secret"],
+                ["C: USER bob@example.com", "PSS secret"],
                 ["USER bob@example.com", r"\x1b[APASS secret"],
                 ["USER bob@example.com", "PASS:secret"],
                 ["AUTH PLAIN", "secret"],
@@ -3834,6 +3841,37 @@ class POP3Test(TLSTest):
         self.open_mailbox().send(b"SUBSCRIBE\r\n")
         wait_until(lambda: not self.server.sessions)
         self.assertEqual(self.server.mailroom.subscribers, subscribers)
+
+    def test_half_a_line_does_not_end_a_subscription(self) -> None:
+        client = self.subscribe()
+        client.send(b"\xff\xfd\x06enou")  # telnet's Ctrl-C, and a line that is being typed
+        (session,) = self.server.sessions
+        wait_until(lambda: session.received)
+        self.send()
+        client.skip_to(".")
+        client.send(b"gh\r\0")
+        client.expect("+OK Stopped")
+
+    def test_a_long_line_ends_a_subscription(self) -> None:
+        client = self.subscribe()
+        client.send(b"x" * 100_000)
+        (session,) = self.server.sessions
+        wait_until(lambda: not self.server.mailroom.subscribers[2:])
+        client.send(b"\r\n")
+        client.expect("-ERR Line too long...")
+
+    def test_the_mailbox_is_free_before_the_reply_to_quit(self) -> None:
+        holders = self.settings["maildir"].holders
+
+        class Handler(mailserver.POP3Handler):
+            def reply(self, code: int, *lines: str) -> None:
+                held.append(len(holders))
+                super().reply(code, *lines)
+
+        held: list[int] = []
+        self.server = self.serve(handler=Handler, **self.settings)
+        self.play(f"{self.login(0)}\nC: QUIT\nS: +OK Bye")
+        self.assertEqual(held, [0, 0, 1, 0])
 
     def test_mail_that_is_deleted_before_it_is_sent(self) -> None:
         class Handler(mailserver.POP3Handler):
