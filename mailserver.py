@@ -323,16 +323,17 @@ class LineHandler(socketserver.StreamRequestHandler):
     def reply(self, code: int, *lines: str) -> None:
         """Answer with a code and one line or more. Hang up after 20 errors."""
         for line in self.format_reply(code, *lines):
-            # Trap: a line end in it would start a second reply
+            # Trap: a line end inside the line would start a second reply
             data = line.replace("\r", " ").replace("\n", " ").encode("utf-8", "backslashreplace")
             self.unsent += data + b"\r\n"
             self.log("S: ", line)
         if len(self.unsent) > 64 * 1024:
             self.flush()
         self.code = code
-        self.errors += code >= 500
-        if code >= 500 and self.errors >= 20:
-            self.reply(421, "Too many errors: read up on them, then come back")
+        if code >= 500:
+            self.errors += 1
+            if self.errors >= 20:
+                self.reply(421, "Too many errors: read up on them, then come back")
 
     def format_reply(self, code: int, *lines: str) -> list[str]:
         """Hook: return the lines of a reply. "-" says that another follows (RFC 5321 4.2.1)."""
@@ -533,9 +534,7 @@ class SMTPHandler(LineHandler):
         while not (end := self.end_of_message[newline].search(self.received, searched)):
             if self.server.console and self.received.endswith((b"\n", b"\r\0")):
                 self.remark_on(self.received[self.received.rfind(b"\n", 0, -1) :][:400])
-            del self.received[
-                2 * limit : -4
-            ]  # too big, even without dots; keep where the end may start
+            del self.received[2 * limit : -4]  # too big; but keep where the end may start
             searched = max(0, len(self.received) - 4)  # the end may come in pieces
             self.receive()
         content = self.received
@@ -643,9 +642,7 @@ class ESMTPHandler(SMTPHandler):
 
     def deliver(self, envelope: Envelope) -> None:
         """Store a message, publish it (part 4), show it. Raise Refused(4xx) if it can't be kept."""
-        members: list[
-            str
-        ] = []  # for lists, their members; a real list also sets its own reverse-path
+        members: list[str] = []  # of lists; a real list also sets its own reverse-path
         for address in envelope.recipients:
             name = address.rpartition("@")[0] or address
             members += self.server.lists.get(name.lower(), [address])
@@ -846,9 +843,7 @@ class Maildir:
     def store(self, envelope: Envelope) -> None:
         """Keep a copy for each recipient. If one fails, keep none and raise Refused(451 or 452)."""
         now = f"{time.time():.6f}".replace(".", ".M")  # seconds, microseconds
-        name = (
-            f"{now}P{os.getpid()}Q{next(self.numbers)}.{ESMTPHandler.hostname}"  # of no other file
-        )
+        name = f"{now}P{os.getpid()}Q{next(self.numbers)}.{ESMTPHandler.hostname}"  # unique
         envelope.trace += f" id {name};\n\t{time.strftime('%a, %d %b %Y %H:%M:%S %z')}"
         copies = {self.folder(address): address for address in envelope.recipients}
         try:
@@ -937,7 +932,7 @@ class POP3Handler(Security):
     )
 
     def finish(self) -> None:
-        """Let others have the mailbox, then end the session."""
+        """Release the mailbox, then end the session."""
         self.release()
         super().finish()
 
@@ -955,8 +950,9 @@ class POP3Handler(Security):
         if self.box is None and os.path.isdir(f"{self.folder}/new"):
             self.box = mailbox.Maildir(self.folder)
         names: set[str] = set()
-        if self.box is not None:  # look twice: a mail reader may move a message from new/ to cur/
-            names = {*self.box.keys(), *self.box.keys()}
+        if self.box is not None:
+            names.update(self.box.keys())
+            names.update(self.box.keys())  # a message that moved from new/ to cur/ was missed above
         new = []
         for name in sorted(names - {known for known, _ in self.stored.values()}):
             with suppress(Refused):
@@ -1090,6 +1086,7 @@ class POP3Handler(Security):
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self.connection, selectors.EVENT_READ)
+                # Until the client has sent a line, or too much to wait for the end of a line.
                 while not re.search(rb"\n|\r\0|.{500}", self.received):
                     self.flush()
                     if selector.select(0):
@@ -1166,7 +1163,8 @@ def describe(envelope: Envelope) -> list[str]:
     count = max(1, envelope.content.count(b"\n"))
     title, most = "---- message", 100
     with suppress(Exception):  # the email package fails at odd messages: show what came
-        if decoded := decode(envelope.content):
+        if worth_decoding(envelope.content):
+            decoded = decode(envelope.content)
             lines += ["---- decoded", *first_lines(decoded, 100, len(decoded))]
             title, most = "---- as it came", 20
     return [*lines, title, *first_lines(raw, most, count), "----"]
@@ -1174,22 +1172,26 @@ def describe(envelope: Envelope) -> list[str]:
 
 def first_lines(lines: list[str], most: int, count: int) -> list[str]:
     """Return the first lines, and how many more there are, if there are count in all."""
-    more = count - len(lines[:most])
-    return [f"| {line}" for line in lines[:most]] + [f"... {more:,} more lines"] * (more > 0)
+    shown = [f"| {line}" for line in lines[:most]]
+    if count > len(shown):
+        shown.append(f"... {count - len(shown):,} more lines")
+    return shown
 
 
-def decode(content: bytearray) -> list[str]:
-    """Return the lines of a message that is encoded, with one for each part that is no text.
-    Return [] if nothing is encoded, or if decoding could take long."""
+def worth_decoding(content: bytearray) -> bool:
+    """Return whether something in a message is encoded, and decoding it will not take long."""
     encoded = rb'(?m)=\?|^content-(transfer-encoding: *[bq]|type:( *[^ t]|.*charset="?[^u"]))'
     if len(content) > 2**20 or not re.search(encoded, content[: 16 * 1024].lower()):
-        return []
+        return False
     lower = b"\n" + content.lower()
     parts = lower.count(b"boundary") + lower.count(b"message/")
     parts += len(re.findall(rb"[\r\n]--", lower)) // 10
     long_header = re.search(rb"[\r\n]content-[^:\r\n]*:(?:.|\n[ \t]){1000}", lower)
-    if long_header or parts > 10 or lower.count(b"\n") + lower.count(b"\r") > 20_000:
-        return []
+    return not long_header and parts <= 10 and lower.count(b"\n") + lower.count(b"\r") <= 20_000
+
+
+def decode(content: bytearray) -> list[str]:
+    """Return the lines of a message, decoded, with one for each part that is no text."""
     message, lines = email.message_from_bytes(content), []
     for name in ("From", "To", "Subject"):
         if "=?" in (value := " ".join(str(message[name])[:1000].split())):
@@ -1200,6 +1202,7 @@ def decode(content: bytearray) -> list[str]:
             charset = part.get_content_charset("utf-8")
             if "escape" in charset:  # such a codec may print warnings
                 raise LookupError
+            # Some character sets take long to decode: a hundred lines are shown at most.
             lines += data[:50_000].decode(charset, "backslashreplace").splitlines()
         elif not part.is_multipart():
             lines.append(f"({kind}, {len(data):,} octets, {part.get_filename('no name')})")

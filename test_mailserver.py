@@ -33,6 +33,7 @@ The tests play each dialogue in all three ways."""
 from __future__ import annotations
 
 import argparse
+import ast
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -967,7 +968,7 @@ class Trap:
 
 TRAPS = [
     Trap(
-        "a line end in it would start a second reply",
+        "a line end inside the line would start a second reply",
         r"""line.replace("\r", " ").replace("\n", " ").encode""",
         "line.encode",
         "WireTest.test_no_line_end_inside_a_reply",
@@ -2502,6 +2503,11 @@ class ShapeTest(DialogueTest):
             homes = [one.__name__ for one in self.classes if name in vars(one)]
             home = "SMTPHandler" if name == "read_message" else "LineHandler"
             self.assertEqual((name, homes), (name, [home]))
+
+    def test_short_functions(self) -> None:
+        for node in ast.walk(ast.parse(source())):
+            if isinstance(node, ast.FunctionDef):
+                self.assertLessEqual((node.end_lineno or 0) - node.lineno + 1, 25, node.name)
 
     def test_few_ancestors(self) -> None:
         for one in self.classes:
