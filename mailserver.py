@@ -75,6 +75,7 @@ import ssl
 import sys
 import threading
 import time
+import types
 import urllib.parse
 from collections.abc import Callable
 from contextlib import suppress
@@ -137,7 +138,11 @@ class SmallServer(socketserver.ThreadingTCPServer):
     def check_settings(self) -> None:
         """Raise TypeError, ValueError or OSError for a value that makes no sense."""
         for name, declared in get_type_hints(type(self)).items():
-            if not isinstance(getattr(self, name), getattr(declared, "__origin__", declared)):
+            # isinstance() takes float | int as it is, and dict[str, int] only as dict
+            plain: Any = (
+                declared.__origin__ if isinstance(declared, types.GenericAlias) else declared
+            )
+            if not isinstance(getattr(self, name), plain):
                 raise TypeError(f"{name}={getattr(self, name)!r} is not of type {declared}")
         if not 0 <= self.address[1] <= 65535:
             raise OSError(errno.EADDRNOTAVAIL, "A port is a number in 0-65535")
