@@ -1302,7 +1302,8 @@ def read_users(path: str) -> dict[str, str]:
 
 def tls_context(cert: str | os.PathLike[str], key: str | os.PathLike[str]) -> ssl.SSLContext:
     """Return what TLS needs, from the files of a certificate and its key. Raise OSError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # TLS 1.2 or newer
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2  # else the system chooses
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # Trap: else stop() sends no 421
     for path in (cert, key):
         open(path, "rb").close()  # if this fails, the error names the file; OpenSSL's does not
