@@ -84,6 +84,10 @@ from email.message import EmailMessage
 from functools import cached_property
 from typing import Any, NoReturn, get_type_hints
 
+if sys.version_info < (3, 10):  # noqa: UP036
+    print("mailserver needs Python 3.10 or newer", file=sys.stderr)
+    sys.exit(2)
+
 __version__ = "2.0"
 ANY_CASE = re.IGNORECASE | re.ASCII  # for commands, which are in ASCII: "a" matches "A"
 

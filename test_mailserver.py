@@ -4165,6 +4165,14 @@ class FlagTest(unittest.TestCase):
         self.assertEqual((who, len(cores)), (0, 1))
         self.assertLessEqual(set(cores), os.sched_getaffinity(0))
 
+    def test_an_older_python(self) -> None:
+        code = "import sys; sys.version_info = (3, 9); import mailserver"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=False
+        )
+        said = (done.returncode, done.stdout, done.stderr)
+        self.assertEqual(said, (2, "", "mailserver needs Python 3.10 or newer\n"))
+
     def test_help_and_version(self) -> None:
         for flag, text in [("--help", "Try: mailserver.py"), ("--version", mailserver.__version__)]:
             status, out, err = run_main(flag)
