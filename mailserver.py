@@ -1225,6 +1225,8 @@ class Terminal(Console):
         if isinstance(sys.stdout, io.TextIOWrapper):  # the terminal may lack a client's letters
             sys.stdout.reconfigure(errors="backslashreplace")
         self.coloured = sys.stdout and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        if os.name == "nt" and not os.environ.get("WT_SESSION"):
+            self.coloured = False  # the older console windows show colours as characters
         self.waiting: queue.Queue[str | None] = queue.Queue(5000)  # lines; None is the end
         self.missing = 0  # lines for which there was no room
         self.thread = threading.Thread(target=self.print_lines, daemon=True)
