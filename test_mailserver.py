@@ -1708,7 +1708,7 @@ class WireTest(DialogueTest):
     def test_tls_from_the_first_byte(self) -> None:
         console = Recorder()
         self.server = self.serve(console=console)
-        context = ssl.create_default_context()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         with self.assertRaises(OSError), socket.create_connection(self.address) as plain:
             context.wrap_socket(plain, server_hostname="localhost").close()
         wait_until(lambda: not self.server.sessions)
@@ -4497,8 +4497,8 @@ class StuckTest(unittest.TestCase):
         wait_until(lambda: any(b"not shown" in line for line in lines))
         play(address, CLASSIC)
         wait_until(lambda: lines[-1].endswith(b"S: 221 Bye\n"))
-        (missing,) = [line for line in lines if b"not shown" in line]
-        self.assertRegex(missing, rb"^\.\.\. [0-9]+ lines not shown\n$")
+        for missing in [line for line in lines if b"not shown" in line]:  # one, or two in turn
+            self.assertRegex(missing, rb"^\.\.\. [0-9]+ lines not shown\n$")
         self.end(program)
         reader.join(PATIENCE)
 
