@@ -146,7 +146,9 @@ class LineHandler(socketserver.StreamRequestHandler):
                     self.reply(*refusal.args)
         except ClientGone as gone:
             self.log("-", f"gone {gone}")
-        except (Exception, SystemExit):  # a fault of this program, or of a command that you added
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # a fault of this program, or of code that you have added
             with suppress(ClientGone):
                 self.reply(421, "The server failed at this: try again later")
             self.server.handle_error(self.request, self.client_address)
@@ -442,6 +444,7 @@ class MailServer(socketserver.ThreadingTCPServer):
     daemon_threads = True  # the program may end while clients are connected
     allow_reuse_address = os.name != "nt"  # no wait at restart; Windows would share the port
     request_queue_size = 1024  # clients that wait to be accepted
+    numbers = itertools.count(1)  # of the sessions, of all servers of a program
 
     def __init__(self, place: tuple[str, int], handler: type[LineHandler], **settings: Any) -> None:
         """Listen at a place: host, and port or 0 for a free one. Besides the handler's settings,
@@ -453,7 +456,6 @@ class MailServer(socketserver.ThreadingTCPServer):
                 raise TypeError(f"{handler.__name__} has no setting {name}")
         self.settings = settings
         self.sessions: set[LineHandler] = set()
-        self.numbers = itertools.count(1)  # of the sessions
         self.stopping = False
         if ":" in place[0]:
             self.address_family = socket.AF_INET6
@@ -690,12 +692,11 @@ def hide_password(session: Any, line: str) -> str:
     verb, _ = split_line(line)
     if session.last_code == 334:
         return "********"
-    if "USER" in line.upper().split():
-        session.login_begun = True
-    if verb in session.verbs and verb not in ("AUTH", "PASS") and "\r" not in line:
+    if verb in session.verbs and verb not in ("AUTH", "PASS", "USER") and "\r" not in line:
         return line
-    # With junk in front or not; PLAIN and LOGIN may be shown.
-    secret = re.search(r"(?is)(?:AUTH(?:\s+(?:PLAIN|LOGIN))?|PASS)(.*)", line)
+    # Show the name behind USER, and PLAIN or LOGIN behind AUTH, whatever stands in front of them.
+    shown = r"AUTH(?:\s+(?:PLAIN|LOGIN))?|PASS|USER\b[:\s]*\S*"
+    secret = re.search(f"(?is)(?:{shown})(.*)", line)
     if secret:
         session.login_begun = True
         return line[: secret.start(1)] + (" ********" if secret[1] else "")
@@ -716,6 +717,7 @@ class SecureHandler(ESMTPHandler):
 
     def greet(self) -> None:
         """Start TLS now if that comes first, then greet."""
+        # One client too many gets its 421 in the clear: a handshake could take long.
         if self.tls_first and len(self.server.sessions) <= self.max_clients:
             start_tls(self)
         super().greet()
@@ -939,8 +941,10 @@ class POP3Handler(LineHandler):
 
     def do_PASS(self, arg: str) -> None:
         """PASS password - opens the mailbox"""
-        if self.box is not None or not self.address or not self.maildir:
-            raise Refused(503, "Send USER, then PASS, once; the server needs --maildir for them")
+        if not self.maildir:
+            raise Refused(550, "No mailboxes here: the server was started without --maildir")
+        if self.box is not None or not self.address:
+            raise Refused(503, "Send USER with an address, then PASS, and both once")
         log_in(self, self.address, arg)
         path = self.maildir.mailbox(self.address)
         if self.maildir.holders.setdefault(path, self) is not self:
@@ -1011,7 +1015,7 @@ class POP3Handler(LineHandler):
         try:
             return self.box.get_file(name)
         except (KeyError, OSError):  # a mail reader has deleted the message
-            raise Refused(550, "Not there any more: send QUIT and connect again") from None
+            raise Refused(550, "Cannot be read now: send QUIT and connect again") from None
 
     def send_message(self, number: int, limit: int = 10**9) -> None:
         """Send a message: its headers, and so many lines at most of what follows."""
@@ -1021,13 +1025,14 @@ class POP3Handler(LineHandler):
         in_body = False
         data, previous = b"", b"\n"
         for piece in pieces:
-            if in_body and previous.endswith(b"\n"):
-                limit -= 1
-            if limit < 0:
-                break
-            in_body = in_body or not piece.strip()
-            if piece.startswith(b".") and previous.endswith(b"\n"):
-                data += b"."  # the client takes this dot away (RFC 1939 3)
+            if previous.endswith(b"\n"):  # a line starts here
+                if in_body:
+                    limit -= 1
+                if limit < 0:
+                    break
+                in_body = in_body or piece == b"\r\n"
+                if piece.startswith(b"."):
+                    data += b"."  # the client takes this dot away (RFC 1939 3)
             data += piece
             previous = piece
             if len(data) > 64 * 1024:  # each sending has a timeout of its own
@@ -1160,7 +1165,7 @@ def mailing_list(text: str) -> tuple[str, list[str]]:
     """Return the name and the members in "team=ann@x.org,bob@x.org". Raise ValueError."""
     name, _, members = text.partition("=")
     for member in members.split(","):
-        if not name or not re.fullmatch(ESMTPHandler.address, member):
+        if not name or "@" in name or not re.fullmatch(ESMTPHandler.address, member):
             raise ValueError
     return name, members.split(",")
 
@@ -1274,7 +1279,8 @@ def main(argv: list[str] | None = None, handler: type[SecureHandler] = SecureHan
             console.warning("mailserver %s listens on %s", __version__, place)
         if not flags.host.startswith(("127.", "::1", "localhost")):
             console.warning("mailserver: other machines can reach this server, and send mail to it")
-        telnet = f"telnet {flags.host} {servers['SMTP'].port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(flags.host, flags.host)
+        telnet = f"telnet {host} {servers['SMTP'].port}"
         console.info("Try it in another terminal: %s; stop it with Ctrl-C", telnet)
         serve(*servers.values())
 
