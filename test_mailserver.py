@@ -46,6 +46,7 @@ server that answers with a 421 from "(or ...)" has hung up, so the dialogue ends
 from __future__ import annotations
 
 import argparse
+import asyncio
 import concurrent.futures
 import contextlib
 import csv
@@ -331,7 +332,7 @@ class Client:
         """Return the last line of a reply; or two of its lines, if they cannot be of one reply."""
         deadline = time.monotonic() + self.patience
         line = self.line(deadline)
-        while re.match(r"\d{3}-", line) and not self.flaw:
+        while re.match(r"\d{3}-", line) and not self.flaw and time.monotonic() < deadline:
             before, line = line, self.line(deadline)
             if line[:3] != before[:3]:
                 return f"{before} | {line}"
@@ -617,7 +618,7 @@ S: 501 ...RCPT TO:<recipient@example.com>... (or 50. 55.)
 {RCPT_TO}
 
 Level 4: dots, sizes, long lines, two clients (what is stored is looked at with --maildir DIR only)
-Hint: a mail ends at CRLF, dot, CRLF only; a line of it that starts with a dot loses this dot
+Hint: give each client a thread; a mail ends at CRLF, dot, CRLF only; a line loses its first dot
 a message of nothing: its dot comes right behind DATA; who wants a CRLF before it waits for ever
 {INSIDE}
 {DOT}
@@ -1016,6 +1017,12 @@ def choose_dialogues(file: str, ours: bool, level: int) -> list[Dialogue]:
     return found
 
 
+def read_class_line(line: str) -> list[str]:
+    """Return the word in a line of @class.txt; none if the line is empty, or a comment."""
+    word = line.strip().removeprefix("\ufeff")
+    return [word] if word and not word.startswith("#") else []
+
+
 def play_command(argv: list[str]) -> int:
     """Judge servers; return the exit status."""
     parser = argparse.ArgumentParser(
@@ -1034,9 +1041,12 @@ def play_command(argv: list[str]) -> int:
     add("--patience", metavar="SECONDS", type=float, default=2, help="wait so long for a reply")
     add("--maildir", metavar="DIR", help="where the server keeps mail; of many, each in DIR/NAME")
     add("--feedback", metavar="DIR", help="write grades.csv and a report for each server to DIR")
+    parser.convert_arg_line_to_args = read_class_line  # type: ignore[method-assign, assignment]
     flags = parser.parse_intermixed_args(argv)
     try:
         servers, file = read_servers(flags.words)
+        if OURSELVES in servers and len(servers) > 1:
+            raise ValueError("mailserver.py is played alone: its dialogues have settings of ours")
         dialogues = choose_dialogues(file, OURSELVES in servers, flags.level)
         if flags.feedback:
             os.makedirs(flags.feedback, exist_ok=True)
@@ -1059,8 +1069,10 @@ def judge_all(judges: list[Judge], folder: str | None) -> int:
     worst = ALL_PASSED
     rows: list[list[object]] = [["name", "level", "passed", "dialogues", "first fault"]]
     with concurrent.futures.ThreadPoolExecutor(len(judges)) as pool:
-        for judge, status in zip(judges, pool.map(Judge.run, judges), strict=True):
-            worst = max(worst, status)
+        running = {pool.submit(judge.run): judge for judge in judges}
+        for done in concurrent.futures.as_completed(running):  # who is slow delays nobody's report
+            judge = running[done]
+            worst = max(worst, done.result())
             level = judge.level if judge.played else ""
             rows.append([judge.name, level, judge.passed, len(judge.dialogues), judge.first_fault])
             report = "\n".join(judge.report) + "\n"
@@ -1072,7 +1084,7 @@ def judge_all(judges: list[Judge], folder: str | None) -> int:
                 print(report, flush=True)
     if folder:
         with open(Path(folder, "grades.csv"), "w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows(rows)
+            csv.writer(file).writerows([rows[0], *sorted(rows[1:], key=str)])
     return worst
 
 
@@ -2109,7 +2121,7 @@ class LifeTest(DialogueTest):
         client.converse("S: 421 ...\nS: (closed)")
 
     def test_faults_of_ours(self) -> None:
-        kinds = [ZeroDivisionError, TimeoutError, ConnectionResetError, OSError, SystemExit]
+        kinds = [TimeoutError, ConnectionResetError, OSError, SystemExit, asyncio.CancelledError]
         errors = {kind.__name__: kind("inside") for kind in kinds}
 
         def fail(name: str) -> None:
@@ -2456,7 +2468,8 @@ class KeepingTest(MaildirTest):
 
     def test_a_root_that_is_no_good(self) -> None:
         file = certificate(self.above)
-        for place in (file, "/proc/self", os.path.join(self.above, "no", "parent")):
+        nobodys = "/proc/self" if os.path.exists("/proc/self/status") else file
+        for place in (file, nobodys, os.path.join(self.above, "no", "parent")):
             self.assertRaises(OSError, Maildir, place)
 
     def test_twenty_first_deliveries_at_once(self) -> None:
@@ -2605,22 +2618,22 @@ class POP3Test(MaildirTest):
 
     def test_no_password_on_the_console(self) -> None:
         user = "USER bob@example.com"
-        for lines, users in itertools.product(
-            [
-                *([user, "PASS secret"], [user, r"pass\tsecret"], [user, "PASS", "secret"]),
-                *([user, "PAS secret", "secret"], [user, " secret"], [user, "> C: PASS secret"]),
-                *([user, r"12:01 > \xef\xbb\xbfPASS secret"], [user, r"\x1b[APASS secret"]),
-                *([user, r"NOOP\rPASS secret"], [user, "PASS:secret"], ["USER nobody", "secret"]),
-                *(["C: USER bob@example.com", "PSS secret"], ["AUTH PLAIN", "secret"]),
-                ["AUTH PLAIN secret"],
-            ],
-            [{}, {"bob@example.com": "right"}],
-        ):
+        tries = [
+            *([user, "PASS secret"], [user, r"pass\tsecret"], [user, "PASS", "secret"]),
+            *([user, "PAS secret", "secret"], [user, " secret"], [user, "> C: PASS secret"]),
+            *([user, r"12:01 > \xef\xbb\xbfPASS secret"], [user, r"\x1b[APASS secret"]),
+            *([user, r"NOOP\rPASS secret"], [user, "PASS:secret"], ["USER nobody", "secret"]),
+            *(["C: USER bob@example.com", "PSS secret"], ["AUTH PLAIN", "secret"]),
+            *([r"\x1b[AUSER bob@example.com", "secret"], [user + " secret"], ["USER: b", "secret"]),
+            ["AUTH PLAIN secret"],
+        ]
+        for users in ({}, {"bob@example.com": "right"}):
             self.serve_pop3(users=users)
-            with self.subTest(lines, users=users), self.assertLogs("mailserver", "INFO") as logs:
-                self.client().converse(f"{POP3}\n{each('...', *lines)}")
-                self.server.stop()
-                self.assertNotIn("secret", "\n".join(logs.output))
+            for lines in tries:
+                with self.subTest(lines), self.assertLogs("mailserver", "INFO") as logs:
+                    self.play(f"{POP3}\n{each('...', *lines)}")
+                    wait_until(lambda: not self.server.sessions)
+                    self.assertNotIn("secret", "\n".join(logs.output))
         self.serve_pop3()
         with self.assertLogs("mailserver", "INFO") as logs:
             self.log_in(0, "C: oops\nS: -ERR ...")
@@ -2832,7 +2845,10 @@ mailserver.main(handler=Handler)
 
     def test_colours(self) -> None:
         for env in ("", "1"):
-            ours, terminal = os.openpty()
+            try:
+                ours, terminal = os.openpty()
+            except OSError:
+                self.skipTest("this system gives us no terminal")
             with open(ours, "rb", buffering=0) as screen, open(terminal, "wb") as slave:
                 program = self.start(to='2>"$ERR"', out=slave, NO_COLOR=env)
                 play(self.address, "S: 220 ...\nC: FROB\nS: 500 ...")
@@ -3139,13 +3155,18 @@ class Reader:
             return True
         return False
 
+    def is_free(self, port: str) -> bool:
+        """Tell whether nobody listens at a port of README."""
+        return not self.listens(port)
+
     def stop(self, port: str) -> None:
         """End the server at a port, if there is one, and what it has started."""
         if server := self.servers.pop(port, None):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(server.pid, signal.SIGTERM)
             server.communicate(timeout=PATIENCE)
-            wait_until(lambda: not self.listens(port))
+            for each in (port, "2526") if port == "2525" else (port,):
+                wait_until(functools.partial(self.is_free, each))
 
 
 # ==================================================================================================
@@ -3252,6 +3273,10 @@ class JudgeTest(DialogueTest):
             self.assertNotIn("FAILED", out)
             self.assertRegex(out, r": level 6 of 6; (\d+) of \1 dialogues passed\n$")
 
+    def test_a_reply_without_an_end(self) -> None:
+        address = self.tiny(hello=b"250-more\r\n" * 2_000_000)
+        self.assertEqual(self.judge(address, "--level", "1", patience=1)[0], SOME_FAILED)
+
     def test_a_server_that_reaches_level_2(self) -> None:
         status, out = self.judge(self.tiny())
         self.assertEqual(status, SOME_FAILED)
@@ -3331,7 +3356,8 @@ class JudgeTest(DialogueTest):
         folder = self.folder()
         status, out = self.judge(*words, "--level", "1", "--feedback", folder)
         self.assertEqual(status, NOT_RUNNING)
-        self.assertRegex(out, "^ann: not running: .*\nbob: level 1 .*\ncarl: level 1 .*\n$")
+        verdicts = "".join(sorted(out.splitlines(keepends=True)))  # they come as they are ready
+        self.assertRegex(verdicts, "^ann: not running: .*\nbob: level 1 .*\ncarl: level 1 .*\n$")
         self.assertIn("  passed  the classic", Path(folder, "bob.txt").read_text(encoding="utf-8"))
         with open(Path(folder, "grades.csv"), encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file))
