@@ -237,8 +237,7 @@ class LineHandler(socketserver.StreamRequestHandler):
     def log(self, who: str, text: str, end: bytes = b"\r\n") -> None:
         """Show a line: "C:" of the client, "S:" of the server, "|" of a message, "-" a remark."""
         if console.isEnabledFor(logging.INFO):
-            bare_lf = end.endswith(b"\n") and not end.endswith(b"\r\n")
-            mark = "<LF>" if bare_lf else ""
+            mark = "<LF>" if end.endswith(b"\n") and not end.endswith(b"\r\n") else ""
             console.info("[%s] %s %s%s", self.label, who, printable(text), mark)
 
     def do_NOOP(self, arg: str) -> None:
@@ -549,9 +548,9 @@ class ESMTPHandler(SMTPHandler):
     quoted = r'"(?:[^\0-\x1f"\\\x7f-\xa0]|\\[ -~])*"'  # "bob lee"
     local = rf"(?:{atom}(?:\.{atom})*|{quoted})"  # bob.lee
     letters = r"[^\0-/:-@\[-`{-\xa0]+"  # and digits
-    label = rf"{letters}(?:-+{letters})*"  # my-host
+    part = rf"{letters}(?:-+{letters})*"  # my-host
     literal = r"\[(?:[0-9]+(?:\.[0-9]+){3}|(?i:IPv6):[0-9A-Fa-f:.]+)\]"  # [192.0.2.1]
-    domain = rf"(?:{label}(?:\.{label})*|{literal})"
+    domain = rf"(?:{part}(?:\.{part})*|{literal})"
     address = f"{local}@{domain}"
     path = f"<(?:@{domain}(?:,@{domain})*:)?({address}|{atom}|)>"
 
@@ -627,11 +626,11 @@ class ESMTPHandler(SMTPHandler):
     def do_VRFY(self, arg: str) -> None:
         """VRFY user - asks whether there is such a user (RFC 5321 3.5)"""
         name = arg.partition(" ")[0].strip("<>").lower()
+        if not name:
+            raise Refused(501, f"Send {syntax(self, 'VRFY')}")
         for known in (*self.lists, *self.users):
             if name in (known.lower(), known.lower().partition("@")[0]):
                 return self.reply(250, f"<{known}>")
-        if not name:
-            raise Refused(501, f"Send {syntax(self, 'VRFY')}")
         if self.users:
             raise Refused(550, "No such user")
         self.reply(252, "Cannot say: send a message and see")
@@ -654,14 +653,14 @@ def start_tls(session: Any) -> None:
     """Go on in TLS. Raise ClientGone if the client can't."""
     # Trap: without this option, stop()'s SHUT_RD ends TLS, and the 421 can't be sent
     session.tls.options |= ssl.OP_IGNORE_UNEXPECTED_EOF
-    # Trap: drop what came in the clear, with the old rfile: who knows who sent it (CVE-2011-0411)
+    # Trap: drop what came in the clear, with the old rfile: who sent that? (CVE-2011-0411)
     session.rfile.close()
     try:
         session.request = session.tls.wrap_socket(
             session.request, server_side=True, do_handshake_on_connect=False
         )
         socketserver.StreamRequestHandler.setup(session)  # a new connection, rfile and wfile
-        session.connection.do_handshake()  # stop() can end it: connection is what stop() knows
+        session.connection.do_handshake()  # stop() finds the socket in connection, and can end this
     except OSError:
         raise ClientGone("without TLS: not wanted, not trusted, or not in time") from None
     session.encrypted = True
@@ -673,12 +672,12 @@ def end_tls(session: LineHandler) -> None:
         with suppress(OSError, ValueError):  # the client may be gone
             session.request.settimeout(0)  # do not wait for the client's close_notify
             session.request.unwrap()
-        session.request.close()  # the server closes only the socket that it knows, without TLS
+        session.request.close()  # the server would close only the socket without TLS
 
 
 def log_in(session: Any, name: str, password: str) -> None:
     """Log a user in, or raise Refused."""
-    # compare_digest(), since == takes the longer, the more of the password is right
+    # compare_digest(), since == takes longer if more of the password is right
     right = hmac.compare_digest(session.users.get(name, "").encode(), password.encode())
     if not name or not password or (session.users and not right):
         raise Refused(535, "Wrong name or password")
@@ -734,9 +733,10 @@ class SecureHandler(ESMTPHandler):
 
     def do_STARTTLS(self, arg: str) -> None:
         """STARTTLS - goes on encrypted; send EHLO again (RFC 3207)"""
-        if not self.tls or self.encrypted:
-            code = 503 if self.tls else 502
-            raise Refused(code, "TLS is on already, or the server was started without --tls")
+        if not self.tls:
+            raise Refused(502, "No TLS here: the server was started without --tls")
+        if self.encrypted:
+            raise Refused(503, "TLS is on already")
         self.reply(220, "Ready for TLS")
         start_tls(self)
         self.helo = self.user = ""  # forget what was said in the clear (RFC 3207 4.2)
@@ -867,7 +867,7 @@ class Maildir:
                 start = end.end()
             file.write(view[start:])
             file.flush()
-            os.fsync(file.fileno())  # Trap: until here it is in memory only, and a crash takes it
+            os.fsync(file.fileno())  # Trap: before this, a crash would lose the file
 
 
 def sync(directory: str) -> None:
@@ -1130,14 +1130,15 @@ class Console(logging.Handler):
 
     def print_lines(self) -> None:
         """Print what comes: all that waits at once, or lines would come faster than they go."""
-        waiting = ["-"]
-        while "" not in waiting:
+        while True:
             waiting = [self.lines.get()]
             waiting += [self.lines.get() for _ in range(self.lines.qsize())]
             data = "".join(waiting).encode(sys.stdout.encoding or "utf-8", "backslashreplace")
             with suppress(OSError):  # nobody reads it
                 while data:  # Trap: not print(), which holds a lock that Python waits for at exit
                     data = data[os.write(sys.stdout.fileno(), data) :]
+            if "" in waiting:  # from close()
+                return
 
     def close(self) -> None:
         """Wait until the last lines are printed, a second at most. logging calls this at exit."""

@@ -1188,7 +1188,7 @@ TRAPS = [
         "KeepingTest.test_names_of_mailboxes",
     ),
     Trap(
-        "until here it is in memory only",
+        "before this, a crash would lose the file",
         "os.fsync(file.fileno())",
         "pass",
         "KeepingTest.test_order_of_what_happens",
