@@ -645,8 +645,8 @@ class ESMTPHandler(SMTPHandler):
 
 # ==================================================================================================
 # PART 3: TRUST
-# TLS keeps others from reading along; a password tells who is there. POP3 (part 5) needs both, too:
-# so what the two share are functions that take a session.
+# TLS encrypts a session, and a password says who the client is. POP3 (part 5) needs both, too: what
+# SMTP and POP3 share are functions that take a session.
 
 
 def start_tls(session: Any) -> None:
@@ -660,7 +660,7 @@ def start_tls(session: Any) -> None:
             session.request, server_side=True, do_handshake_on_connect=False
         )
         socketserver.StreamRequestHandler.setup(session)  # a new connection, rfile and wfile
-        session.connection.do_handshake()  # stop() finds the socket in connection, and can end this
+        session.connection.do_handshake()  # stop() can shut this connection down
     except OSError:
         raise ClientGone("without TLS: not wanted, not trusted, or not in time") from None
     session.encrypted = True
@@ -783,8 +783,8 @@ class SecureHandler(ESMTPHandler):
 
 # ==================================================================================================
 # PART 4: KEEPING MAIL
-# With a Maildir, "250 Message accepted" is a promise: no crash may lose the message. So the message
-# is on the disk before the 250.
+# With a Maildir, no crash may lose a message after its "250 Message accepted". So the message is on
+# the disk before the 250.
 
 
 class Maildir:
@@ -797,7 +797,7 @@ class Maildir:
     hostname = re.sub("[^A-Za-z0-9.-]", "-", socket.gethostname())
 
     def __init__(self, root: str) -> None:
-        """Use a directory; make it if need be. Raise OSError if nothing can be written there."""
+        """Use a directory, or make the directory. Raise OSError if nothing can be written there."""
         self.root = os.path.abspath(root)
         self.holders: dict[str, object] = {}  # by mailbox, the POP3 session that has it open
         with suppress(FileExistsError):
@@ -814,7 +814,7 @@ class Maildir:
         if len(name) > 200:
             name = name[:100] + hashlib.sha256(name.encode()).hexdigest()
         path = os.path.join(self.root, name)
-        # mailbox.Maildir() would fail if two threads do this at once, and for ever after a crash
+        # Do not let mailbox.Maildir() make these: that fails if two threads do so at once.
         for directory in (path, f"{path}/tmp", f"{path}/new", f"{path}/cur"):
             with suppress(FileExistsError):
                 os.mkdir(directory, 0o700)
