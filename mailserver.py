@@ -130,8 +130,8 @@ class LineHandler(socketserver.StreamRequestHandler):
         super().setup()  # only now: it gives the connection the timeout
         self.verbs = [name[3:] for name in dir(self) if name.startswith("do_")]
         self.peer: str = self.client_address[0]  # the client's IP address
-        self.number = next(self.server.numbers)
-        self.label = str(self.number)  # names the session on the console
+        self.session_number = next(self.server.session_numbers)
+        self.label = str(self.session_number)  # names the session on the console
         self.thread = threading.current_thread()
 
     def handle(self) -> None:
@@ -173,13 +173,14 @@ class LineHandler(socketserver.StreamRequestHandler):
         if self.server.stopping:
             raise input_ended(self)
         try:
-            line = piece = self.rfile.readline(self.line_limit)
+            line = self.rfile.readline(self.line_limit)
+            piece = line
             # Trap: read all of a long line, or the rest of it passes for the next command
             while piece and not piece.endswith(b"\n"):
                 piece = self.rfile.readline(self.line_limit)
         except OSError as error:
             raise input_ended(self, error) from None  # "from None": do not show the OSError, too
-        text = typed_text(self, line)
+        text = self.decode(line)
         if line:
             self.log("C:", self.conceal(text), piece)
         if not piece:  # half a line is no command
@@ -188,6 +189,10 @@ class LineHandler(socketserver.StreamRequestHandler):
         if not line.endswith(b"\n"):
             raise Refused(500, f"Line too long: send {self.line_limit} octets at most")
         return text
+
+    def decode(self, line: bytes) -> str:
+        """Hook: return a line as text, without its end."""
+        return line.decode("utf-8", "backslashreplace").rstrip()
 
     def conceal(self, line: str) -> str:
         """Hook: return what the console may show of a client's line, which is no password."""
@@ -249,7 +254,7 @@ class SMTPHandler(LineHandler):
     """The five commands that bring a message, as in the dialogue at the top of this file."""
 
     max_size = 10 * 2**20  # octets in a message: a setting
-    path = r"<([^<>\s]*)>"  # a pattern for an address in < and >; part 2 is stricter
+    path_pattern = r"<([^<>\s]*)>"  # an address in < and >; part 2 is stricter
     helo = ""  # what the client calls itself
     protocol = "SMTP"  # or ESMTP (part 2)
     user = ""  # who has logged in (part 3)
@@ -266,7 +271,7 @@ class SMTPHandler(LineHandler):
             raise Refused(501, f"Send {syntax(self, verb)}")
         self.helo = name
         self.protocol = protocol
-        self.label = f"{self.number} {name.strip('[]').partition('.')[0][:12]}"
+        self.label = f"{self.session_number} {name.strip('[]').partition('.')[0][:12]}"
         self.envelope = None
 
     def do_MAIL(self, arg: str) -> None:
@@ -294,7 +299,7 @@ class SMTPHandler(LineHandler):
 
     def read_path(self, verb: str, keyword: str, arg: str) -> str:
         """Return the address in FROM:<address> or TO:<address>. Raise Refused."""
-        match = re.fullmatch(rf"(?i:{keyword}): *{self.path}(|[ \t]+[^<\s].*)", arg)
+        match = re.fullmatch(rf"(?i:{keyword}): *{self.path_pattern}(|[ \t]+[^<\s].*)", arg)
         if not match:
             hint = "no blank before the colon, one name@domain in < and >"
             raise Refused(501, f"Send {syntax(self, verb)}, {hint}")
@@ -415,24 +420,6 @@ def printable(text: str) -> str:
     return text if len(text) <= 500 else f"{text[:500]}... ({len(text):,} characters)"
 
 
-def typed_text(session: LineHandler, line: bytes) -> str:
-    """Return a line as text, without its end. Obey backspace and DEL; drop the codes of telnet."""
-    # Trap: at Ctrl-C, telnet asks DO TIMING-MARK, and shows nothing until it is told WONT (RFC 860)
-    if b"\xff\xfd\x06" in line:
-        session.send(b"\xff\xfc\x06")
-    line = re.sub(rb"(?s)\xff(?:[\xfb-\xfe].|\xfa[^\xff]*\xff\xf0|.)", b"", line)  # RFC 854
-    text = line.decode("utf-8", "backslashreplace").rstrip()
-    if text.isprintable():
-        return text
-    typed: list[str] = []
-    for char in text:
-        if char not in "\b\x7f":
-            typed.append(char)
-        elif typed:
-            typed.pop()
-    return "".join(typed)
-
-
 class MailServer(socketserver.ThreadingTCPServer):
     """Listens, and has a handler talk to each client, in a thread of its own.
 
@@ -443,7 +430,7 @@ class MailServer(socketserver.ThreadingTCPServer):
     daemon_threads = True  # the program may end while clients are connected
     allow_reuse_address = os.name != "nt"  # no wait at restart; Windows would share the port
     request_queue_size = 1024  # clients that wait to be accepted
-    numbers = itertools.count(1)  # of the sessions, of all servers of a program
+    session_numbers = itertools.count(1)  # for all servers of a program
 
     def __init__(self, place: tuple[str, int], handler: type[LineHandler], **settings: Any) -> None:
         """Listen at a place: host, and port or 0 for a free one. Besides the handler's settings,
@@ -532,6 +519,24 @@ def serve(*servers: MailServer) -> None:
 # PART 2: THE WHOLE PROTOCOL
 
 
+def typed_text(session: Any, line: bytes) -> str:
+    """Return a line as text, without its end. Obey backspace and DEL; drop the codes of telnet."""
+    # Trap: at Ctrl-C, telnet asks DO TIMING-MARK, and shows nothing until it is told WONT (RFC 860)
+    if b"\xff\xfd\x06" in line:
+        session.send(b"\xff\xfc\x06")
+    line = re.sub(rb"(?s)\xff(?:[\xfb-\xfe].|\xfa[^\xff]*\xff\xf0|.)", b"", line)  # RFC 854
+    text = line.decode("utf-8", "backslashreplace").rstrip()
+    if text.isprintable():
+        return text
+    typed: list[str] = []
+    for char in text:
+        if char not in "\b\x7f":
+            typed.append(char)
+        elif typed:
+            typed.pop()
+    return "".join(typed)
+
+
 class ESMTPHandler(SMTPHandler):
     """SMTP with all that mail clients ask for. They say EHLO, not HELO, to see what there is."""
 
@@ -540,6 +545,7 @@ class ESMTPHandler(SMTPHandler):
     lists: dict[str, list[str]] = {}  # mailing lists: {"team": ["ann@example.com"]}
     fail: dict[str, int] = {}  # commands to refuse, to test a client: {"RCPT": 450}
 
+    decode = typed_text  # a function that takes the session: part 5 needs it, too
     utf8 = False  # MAIL came with SMTPUTF8: addresses may have letters beyond ASCII
 
     # An address is local@domain (RFC 5321 4.1.2; beyond ASCII: RFC 6531 3.3). A path has "<" and
@@ -547,12 +553,12 @@ class ESMTPHandler(SMTPHandler):
     atom = r'[^\0- "(),.:;<>@\[\\\]\x7f-\xa0]+'  # bob
     quoted = r'"(?:[^\0-\x1f"\\\x7f-\xa0]|\\[ -~])*"'  # "bob lee"
     local = rf"(?:{atom}(?:\.{atom})*|{quoted})"  # bob.lee
-    letters = r"[^\0-/:-@\[-`{-\xa0]+"  # and digits
+    letters = r"[0-9A-Za-z\xa1-\U0010ffff]+"  # and digits
     part = rf"{letters}(?:-+{letters})*"  # my-host
     literal = r"\[(?:[0-9]+(?:\.[0-9]+){3}|(?i:IPv6):[0-9A-Fa-f:.]+)\]"  # [192.0.2.1]
     domain = rf"(?:{part}(?:\.{part})*|{literal})"
-    address = f"{local}@{domain}"
-    path = f"<(?:@{domain}(?:,@{domain})*:)?({address}|{atom}|)>"
+    address_pattern = f"{local}@{domain}"
+    path_pattern = f"<(?:@{domain}(?:,@{domain})*:)?({address_pattern}|{atom}|)>"
 
     # What may stand behind the address of MAIL, and a pattern for what follows the "=".
     parameters = {
@@ -572,15 +578,20 @@ class ESMTPHandler(SMTPHandler):
     def read_path(self, verb: str, keyword: str, arg: str) -> str:
         """Return the address of MAIL or RCPT. Raise Refused."""
         address = super().read_path(verb, keyword, arg)
-        local, at, _ = address.rpartition("@")
-        known = address == "" if verb == "MAIL" else address.lower() == "postmaster"
-        if not at and not known and self.members(address) == [address]:
+        local = address.rpartition("@")[0]
+        if "@" not in address and not self.needs_no_domain(verb, address):
             raise Refused(501, "Put a whole address in < and >: a name, @ and a domain")
         if len(local.encode()) > 64 or len(address.encode()) > 254:  # RFC 5321 4.5.3.1
             raise Refused(501, "Address too long: send 64 octets before the @, 254 in all, at most")
         if not address.isascii() and not self.utf8:
             raise Refused(553, "Not ASCII: send SMTPUTF8 behind the address in MAIL FROM")
         return address
+
+    def needs_no_domain(self, verb: str, name: str) -> bool:
+        """Tell whether a name is complete without @ and a domain."""
+        if verb == "MAIL":
+            return name == ""  # a report of failure has no sender
+        return name.lower() == "postmaster" or self.members(name) != [name]
 
     def read_parameters(self, verb: str, words: list[str]) -> None:
         """Obey what stands behind an address. Raise Refused if that can't be."""
@@ -618,10 +629,11 @@ class ESMTPHandler(SMTPHandler):
         """HELP [command] - lists the commands, or explains one"""
         verb = arg.upper()
         if not verb:
-            return self.reply(214, " ".join(self.verbs), "Send HELP and a command to read more")
-        if verb not in self.verbs:
+            self.reply(214, " ".join(self.verbs), "Send HELP and a command to read more")
+        elif verb in self.verbs:
+            self.reply(214, getattr(self, "do_" + verb).__doc__ or verb)
+        else:
             raise Refused(504, "No such command: HELP lists them")
-        self.reply(214, getattr(self, "do_" + verb).__doc__ or verb)
 
     def do_VRFY(self, arg: str) -> None:
         """VRFY user - asks whether there is such a user (RFC 5321 3.5)"""
@@ -897,9 +909,10 @@ class POP3Handler(LineHandler):
 
     # The state of one session.
     login_begun = False
-    address = ""  # whose mailbox it is about
-    path = ""  # of the mailbox
+    login_name = ""  # the address that USER has named
+    mailbox_path = ""
     box: Any = None  # the mailbox.Maildir that reads the mailbox, once PASS has opened it
+    decode = typed_text
     conceal = hide_password
 
     def finish(self) -> None:
@@ -910,8 +923,8 @@ class POP3Handler(LineHandler):
 
     def release(self) -> None:
         """Let others have the mailbox."""
-        if self.maildir and self.maildir.holders.get(self.path) is self:
-            del self.maildir.holders[self.path]
+        if self.maildir and self.maildir.holders.get(self.mailbox_path) is self:
+            del self.maildir.holders[self.mailbox_path]
 
     def format_reply(self, code: int, lines: tuple[str, ...]) -> list[str]:
         """Return the lines of a reply: +OK for a code below 400, else -ERR; then the rest as is."""
@@ -928,28 +941,28 @@ class POP3Handler(LineHandler):
             raise Refused(503, "Too late for TLS, or the server was started without --tls")
         self.reply(250, "Ready for TLS")
         start_tls(self)
-        self.address = ""
+        self.login_name = ""
 
     def do_USER(self, arg: str) -> None:
         """USER address - says whose mailbox to open"""
         if self.tls and self.users and not self.encrypted:
             raise Refused(538, "Send STLS before USER")
-        if not re.fullmatch(f"{ESMTPHandler.address}|(?i:postmaster)", arg):
+        if not re.fullmatch(f"{ESMTPHandler.address_pattern}|(?i:postmaster)", arg):
             raise Refused(501, "Send USER and an address, such as USER bob@example.com")
-        self.address = arg
+        self.login_name = arg
         self.reply(250, "Send PASS")
 
     def do_PASS(self, arg: str) -> None:
         """PASS password - opens the mailbox"""
         if not self.maildir:
             raise Refused(550, "No mailboxes here: the server was started without --maildir")
-        if self.box is not None or not self.address:
+        if self.box is not None or not self.login_name:
             raise Refused(503, "Send USER with an address, then PASS, and both once")
-        log_in(self, self.address, arg)
-        path = self.maildir.mailbox(self.address)
+        log_in(self, self.login_name, arg)
+        path = self.maildir.mailbox(self.login_name)
         if self.maildir.holders.setdefault(path, self) is not self:
             raise Refused(450, "[IN-USE] Another session has the mailbox open: try again later")
-        self.path = path
+        self.mailbox_path = path
         self.box = mailbox.Maildir(path, create=False)
         self.messages: dict[int, tuple[int, str]] = {}  # by number: octets, and name
         self.deleted: set[int] = set()  # numbers that DELE has marked
@@ -1166,7 +1179,7 @@ def mailing_list(text: str) -> tuple[str, list[str]]:
     """Return the name and the members in "team=ann@x.org,bob@x.org". Raise ValueError."""
     name, _, members = text.partition("=")
     for member in members.split(","):
-        if not name or "@" in name or not re.fullmatch(ESMTPHandler.address, member):
+        if not name or "@" in name or not re.fullmatch(ESMTPHandler.address_pattern, member):
             raise ValueError
     return name, members.split(",")
 
@@ -1185,7 +1198,9 @@ def make_parser() -> argparse.ArgumentParser:
     """Return what reads the command line."""
     about = "A mail server to learn from, and to send mail to from programs under test."
     example = "Try: mailserver.py --fail RCPT=450; mailserver.py --maildir Maildir --pop3-port 2526"
-    parser = argparse.ArgumentParser("mailserver.py", argparse.SUPPRESS, about, example)
+    parser = argparse.ArgumentParser(
+        prog="mailserver.py", usage=argparse.SUPPRESS, description=about, epilog=example
+    )
     add, given = parser.add_argument, "(%(default)s)"
     add("--host", default="127.0.0.1", help=f"address to listen on {given}; 0.0.0.0 is all")
     add("--port", type=int, default=2525, help=f"port to listen on {given}; 0 takes a free one")
