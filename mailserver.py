@@ -1170,7 +1170,7 @@ def positive(text: str) -> int:
 def failure(text: str) -> tuple[str, int]:
     """Return the verb and the code in "RCPT=450". Raise ValueError."""
     verb, _, code = text.upper().partition("=")
-    if not hasattr(SecureHandler, "do_" + verb) or not 400 <= int(code) <= 599:
+    if not 400 <= int(code) <= 599:
         raise ValueError
     return verb, int(code)
 
@@ -1242,6 +1242,9 @@ def make_servers(flags: argparse.Namespace, handler: type[SecureHandler]) -> dic
         raise ValueError("--pop3-port needs --maildir DIR")
     flags.lists = dict(flags.lists)
     flags.fail = dict(flags.fail)
+    for verb in flags.fail:
+        if not hasattr(handler, "do_" + verb):
+            raise ValueError(f"--fail {verb}: there is no such command")
     flags.tls = tls_context(*flags.tls) if flags.tls else None
     flags.subscribers = [flags.maildir.keep] if flags.maildir else []
     servers = {"SMTP": listen(flags, flags.port, handler)}
