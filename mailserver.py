@@ -75,7 +75,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.message import EmailMessage
@@ -1246,7 +1246,6 @@ def make_servers(flags: argparse.Namespace, handler: type[SecureHandler]) -> dic
         if not hasattr(handler, "do_" + verb):
             raise ValueError(f"--fail {verb}: there is no such command")
     flags.tls = tls_context(*flags.tls) if flags.tls else None
-    flags.subscribers = [flags.maildir.keep] if flags.maildir else []
     servers = {"SMTP": listen(flags, flags.port, handler)}
     if flags.smtps_port is not None:
         servers["SMTPS"] = listen(flags, flags.smtps_port, handler, tls_first=True)
@@ -1276,7 +1275,11 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def main(argv: list[str] | None = None, handler: type[SecureHandler] = SecureHandler) -> None:
+def main(
+    argv: list[str] | None = None,
+    handler: type[SecureHandler] = SecureHandler,
+    subscribers: Iterable[Callable[[Envelope], object]] = (),
+) -> None:
     """Run the program: read the flags, listen, serve until Ctrl-C or TERM, stop."""
     if hasattr(os, "sched_setaffinity"):
         # Trap: on two cores, threads take the interpreter's lock from each other all the time
@@ -1284,6 +1287,8 @@ def main(argv: list[str] | None = None, handler: type[SecureHandler] = SecureHan
     parser = make_parser()
     try:
         flags = parser.parse_args(argv)
+        flags.subscribers = [flags.maildir.keep] if flags.maildir else []
+        flags.subscribers += subscribers
         servers = make_servers(flags, handler)
     except (OSError, ValueError) as error:
         parser.error(str(error))
