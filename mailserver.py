@@ -664,14 +664,14 @@ class ESMTPHandler(SMTPHandler):
 def start_tls(session: Any) -> None:
     """Go on in TLS. Raise ClientGone if the client can't."""
     # Trap: without this option, stop()'s SHUT_RD ends TLS, and the 421 can't be sent
-    session.tls.options |= ssl.OP_IGNORE_UNEXPECTED_EOF
-    # Trap: drop what came in the clear, with the old rfile: who sent that? (CVE-2011-0411)
-    session.rfile.close()
+    session.tls.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # OpenSSL 1 has none
     try:
         session.request = session.tls.wrap_socket(
             session.request, server_side=True, do_handshake_on_connect=False
         )
-        socketserver.StreamRequestHandler.setup(session)  # a new connection, rfile and wfile
+        # Trap: take a new rfile; the old one has read ahead in the clear: who sent that?
+        # (CVE-2011-0411)
+        socketserver.StreamRequestHandler.setup(session)
         session.connection.do_handshake()  # stop() can shut this connection down
     except OSError:
         raise ClientGone("without TLS: not wanted, not trusted, or not in time") from None
