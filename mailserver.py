@@ -268,7 +268,7 @@ class SMTPHandler(LineHandler):
     def introduce(self, verb: str, protocol: str, name: str) -> None:
         """Note who the client is. Drop a message that is under way."""
         if not re.fullmatch("[!-~]{1,255}", name):
-            raise Refused(501, f"Send {syntax(self, verb)}")
+            raise Refused(501, f"Send {syntax(self, verb)}: one word, in ASCII")
         self.helo = name
         self.protocol = protocol
         self.label = f"{self.session_number} {name.strip('[]').partition('.')[0][:12]}"
@@ -1305,7 +1305,7 @@ def main(
             console.warning("mailserver: other machines can reach this server, and send mail to it")
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(flags.host, flags.host)
         telnet = f"telnet {host} {servers['SMTP'].port}"
-        console.info("Try it in another terminal: %s; stop it with Ctrl-C", telnet)
+        console.info("Try it in another terminal of this machine: %s; stop it with Ctrl-C", telnet)
         serve(*servers.values())
 
 
