@@ -814,8 +814,8 @@ class Maildir:
         self.holders: dict[str, object] = {}  # by mailbox, the POP3 session that has it open
         with suppress(FileExistsError):
             os.mkdir(self.root, 0o700)  # for its owner only
-        sync(os.path.dirname(self.root))
         tempfile.TemporaryFile(dir=self.root).close()
+        sync(os.path.dirname(self.root))
 
     def mailbox(self, address: str) -> str:
         """Return the path of an address's mailbox. Make what is missing of the mailbox."""
