@@ -1911,6 +1911,7 @@ class TLSTest(DialogueTest):
         client = self.client()
         client.converse(f"S: 220 ...\n{STARTTLS}\nC: QUIT\nS: 221 Bye")
         self.assertEqual(client.socket.recv(1), b"")  # or this is an SSLEOFError
+        wait_until(lambda: not self.server.sessions)  # though the client does not answer
 
     def test_stop(self) -> None:
         clients = [self.client(), self.client()]
@@ -2049,6 +2050,7 @@ class KeepingTest(MaildirTest):
         made = os.listdir(self.root)
         self.assertEqual(len(made), len(names))
         self.assertIn("bob+x_y-z@example.com", made)
+        self.assertEqual([name[:-64] for name in made].count("x" * 100), 2)  # and a hash
         for name in made:
             self.assertRegex(name, r"^[A-Za-z0-9%+@~_-][A-Za-z0-9%+@._-]{0,249}$")
             self.assertNotRegex(name, r"(?i)^(con|nul|com1)(\.|$)")
