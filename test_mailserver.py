@@ -1869,6 +1869,7 @@ class LifeTest(DialogueTest):
             with no_such_address, MailServer((host, 0), SecureHandler) as server:
                 server.start()
                 self.play(CLASSIC, server)
+        self.assertFalse(listens((server.host, server.port)))  # "with" has stopped it
 
     def test_no_file_descriptor_left(self) -> None:
         accept = socket.socket.accept
@@ -2340,7 +2341,7 @@ class ProcessTest(DialogueTest):
         self.assertIn("\nEnvelope(sender='a@example.com'", out)  # from the subscriber
         self.assertNotIn("other machines", out)
         program = self.start("--quiet --host 0.0.0.0")
-        play(self.address, CLASSIC)
+        play(self.address, f"{EHLO}\n{BYE}")
         self.assertRegex(self.end(program), r"\Amailserver .* listens .*\n.* other machines .*\n\Z")
 
     def test_flags_and_kill(self) -> None:
