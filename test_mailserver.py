@@ -833,7 +833,7 @@ class Judge:
         self.passed += not fault
         title = dialogue.title or f"the dialogue in line {dialogue.start}"
         if fault and not self.first_fault:
-            self.first_fault = f"{title}: {fault.splitlines()[-1].strip()}"
+            self.first_fault = f"{title}: {' '.join(fault.splitlines()[-1].split())}"
         if not quietly:
             self.say(f"  {'FAILED' if fault else 'passed'}  {short(title)}")
         if fault and not quietly:
