@@ -51,7 +51,6 @@ import logging
 import mailbox
 import os
 import poplib
-import random
 import re
 import shutil
 import signal
@@ -82,6 +81,7 @@ from mailserver import Envelope, Maildir, MailServer, POP3Handler, Refused, Secu
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "mailserver.py").read_text(encoding="utf-8")
 PATIENCE = float(os.environ.get("PATIENCE", "20"))  # seconds after which a test gives up waiting
+PORTS = itertools.count(10_000 + os.getpid() % 200 * 100)  # for free_port()
 
 # ==================================================================================================
 # THE NOTATION
@@ -1182,9 +1182,9 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 def free_port() -> int:
-    """Return a port at which nobody listens, and that no client is given meanwhile."""
+    """Return a port at which nobody listens, and that no client or other run is given meanwhile."""
     while True:
-        port = random.randrange(10_000, 30_000)
+        port = next(PORTS)
         with contextlib.suppress(OSError), socket.create_server(("", port)):
             return port
 
@@ -1796,19 +1796,14 @@ class LifeTest(DialogueTest):
             self.in_thread(server.stop)
         wait_until(lambda: not any(server.sessions for server in servers))
 
-    def test_stop_while_a_client_floods(self) -> None:
-        def send(client: Client, data: bytes) -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    client.socket.sendall(data)
-
-        for start, line in (("S: 220 ...", b"NOOP\r\n"), (INSIDE, b"x\r\n")):
-            client = self.client(self.serve())
-            client.converse(start)
-            self.in_thread(functools.partial(send, client, line * 1000))
-            self.in_thread(self.server.stop)
-            with client.socket.makefile("rb") as file:
-                self.assertRegex(file.read(), rb"421 .*\r\n\Z")
+    def test_stop_reads_no_further(self) -> None:
+        """Obey nothing that a client has sent in advance, or goes on sending."""
+        self.serve(subscribers=[lambda _: setattr(self.server, "stopping", True)])
+        self.play(f"{INSIDE}\n{DOT}\nC: NOOP\nS: 421 ...\nS: (closed)", way=IN_ONE_PIECE)
+        client = self.client(self.serve())
+        client.converse(INSIDE)
+        self.server.stopping = True
+        client.converse("C: x\nS: 421 ...\nS: (closed)")
 
     def test_stop_from_a_subscriber(self) -> None:
         for serial in (False, True):
@@ -1996,8 +1991,6 @@ def files(folder: str) -> list[Path]:
 
 
 class MaildirTest(DialogueTest):
-    """What the tests of parts 4 and 5 share."""
-
     def setUp(self) -> None:
         super().setUp()
         self.root = os.path.join(self.folder(), "root")
@@ -2554,7 +2547,6 @@ class TinyServer(socketserver.StreamRequestHandler):
                 self.wfile.write(replies.get(verb, self.other))
 
 
-@unittest.mock.patch(f"{__name__}.PAUSE", 0.001)
 class JudgeTest(DialogueTest):
     """The judge, of our own server and of others."""
 
@@ -2577,11 +2569,13 @@ class JudgeTest(DialogueTest):
         self.assertRegex(out.getvalue(), shown)
         return out.getvalue()
 
+    @unittest.mock.patch(f"{__name__}.PAUSE", 0.001)
     def test_our_own_server(self) -> None:
         shown = r": level 6 of 6; (\d+) of \1 dialogues passed\n$"
         for letter in ([], ["--letter"]):
             self.assertNotIn("FAILED", self.judge(ALL_PASSED, shown, self.place(), *letter))
 
+    @unittest.mock.patch(f"{__name__}.PAUSE", 0.001)
     def test_a_server_that_reaches_level_2(self) -> None:
         tiny = self.place(TinyServer)
         out = self.judge(SOME_FAILED, r": level 2 of 6; \d+ of 46 dialogues passed\n$", tiny)
@@ -2636,6 +2630,11 @@ class JudgeTest(DialogueTest):
         text = "S: 220 Hi\nC: FROB\nS: 500 No (or 502 4.1)\nC: NOOP\nS: 250 OK"
         with unittest.mock.patch.object(TinyServer, "other", b"421 Busy\r\n"):
             self.judge(ALL_PASSED, ": 1 of 1", tiny, text=text)
+        ends = property(lambda session: session.server.stop() or b"220 Hi\r\n")
+        with unittest.mock.patch.object(TinyServer, "greeting", ends):
+            shown = r": 1 of 3 dialogues passed; then the server was gone, .*; before: two\n$"
+            text = "one\nS: 220 Hi\n\ntwo\nS: 220 Hi\n\nthree\nS: 220 Hi"
+            self.judge(SOME_FAILED, shown, self.place(TinyServer), text=text)
 
     def test_where_the_mail_can_be_looked_at(self) -> None:
         text, folder = course("a dot line inside a mail"), self.folder()
