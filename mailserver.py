@@ -31,9 +31,9 @@ marks code that looks needless, and is not. Stop after any part: the next ones o
     5  Collecting mail      POP3Handler: another protocol on the same foundation
     6  The program          its console, its command line
 
-Each handler extends the one above it, but POP3Handler extends LineHandler. Python's socketserver
-is under LineHandler and MailServer: serve_forever() waits for clients, get_request() accepts one,
-and process_request() starts a thread. There, socketserver makes a handler, and calls three methods.
+Each handler extends the one above it, but POP3Handler extends LineHandler. LineHandler and
+MailServer extend Python's socketserver: serve_forever() waits for clients, get_request() accepts
+one, and process_request() starts a thread. The thread makes a handler, and calls its three methods.
 setup() makes rfile, to read from the client, and wfile, to write to it. handle() is our dialogue.
 finish() closes both files. Then socketserver closes the connection. If a method fails,
 handle_error() prints a traceback.
@@ -105,8 +105,8 @@ class LineHandler(socketserver.StreamRequestHandler):
     """One session of a protocol in which the client sends a line, and the server answers it.
 
     A command is a method: the line "NOOP hello" calls do_NOOP("hello"), which calls reply(), or
-    raises Refused. Its docstring is the syntax, " - ", and what the command does. If the syntax
-    is the verb alone, an argument is refused. "Hook:" marks a method to override.
+    raises Refused. The method's docstring is the syntax, " - ", and what the command does. If the
+    syntax is the verb alone, an argument is refused. "Hook:" marks a method to override.
     """
 
     # Settings: MailServer(..., timeout=20) changes one for all sessions of that server.
@@ -195,7 +195,7 @@ class LineHandler(socketserver.StreamRequestHandler):
         return line.decode("utf-8", "backslashreplace").rstrip()
 
     def conceal(self, line: str) -> str:
-        """Hook: return what the console may show of a client's line, which is no password."""
+        """Hook: return a client's line as the console may show it: without passwords."""
         return line
 
     def dispatch(self, line: str) -> None:
@@ -403,7 +403,7 @@ def input_ended(session: LineHandler, error: OSError | None = None) -> Exception
 def split_line(line: str) -> tuple[str, str]:
     """Return the verb of a line, in capitals, and its argument."""
     word = re.split("[ \t]", line, maxsplit=1)[0]
-    verb = word.upper() if word.isascii() else word  # other letters may have ASCII capitals
+    verb = word.upper() if word.isascii() else word  # some letters become ASCII in capitals
     return verb, line[len(word) :].strip()
 
 
@@ -478,15 +478,15 @@ class MailServer(socketserver.ThreadingTCPServer):
         self.stopping = True
         self.wait_for_sessions(200, socket.SHUT_RD)
         self.wait_for_sessions(50, socket.SHUT_RDWR)  # these clients do not read
-        # shutdown() waits for serve_forever() to end: in vain if that was never called
+        # shutdown() waits for serve_forever() to end: for ever if that was never called
         closing = threading.Thread(target=self.shutdown, daemon=True)
         closing.start()
         closing.join(0.1)
         self.server_close()
 
     def wait_for_sessions(self, times: int, how: int | None = None) -> None:
-        """Wait until no session is left, so many hundredths of a second at most. If told how, shut
-        down their connections, each time: one may have begun TLS meanwhile."""
+        """Wait until no session is left, for times * 0.01 seconds at most. Unless how is None, shut
+        their connections down, again and again: STARTTLS may put a new one in place."""
         for _ in range(times):
             here = threading.current_thread()  # do not wait for a subscriber that calls stop()
             sessions = [session for session in list(self.sessions) if session.thread is not here]
@@ -617,7 +617,7 @@ class ESMTPHandler(SMTPHandler):
         self.reply(250, "Hello", *self.extensions())
 
     def extensions(self) -> list[str]:
-        """Return what EHLO names."""
+        """Return what EHLO lists."""
         return [f"SIZE {self.max_size}", "8BITMIME", "PIPELINING", "SMTPUTF8", "EXPN", "HELP"]
 
     def do_RSET(self, arg: str) -> None:
@@ -698,8 +698,8 @@ def log_in(session: Any, name: str, password: str) -> None:
 
 
 def hide_password(session: Any, line: str) -> str:
-    """Return a line with ******** for what may be a password: what follows AUTH or PASS, or answers
-    a 334; and every line that is no command, from AUTH, USER or PASS to the login."""
+    """Return a line with ******** for what may be a password: what follows AUTH or PASS; an answer
+    to a 334; and any line that is no command, if AUTH, USER or PASS came, and no login since."""
     verb, _ = split_line(line)
     if session.last_code == 334:
         return "********"
@@ -739,7 +739,7 @@ class SecureHandler(ESMTPHandler):
         super().finish()
 
     def extensions(self) -> list[str]:
-        """Return what EHLO names. Clients insist on what is named: name what they can use now."""
+        """Return what EHLO lists. Clients try to use all that is listed: list what works now."""
         starttls = self.tls and not self.encrypted
         return [*super().extensions(), "STARTTLS" if starttls else "AUTH PLAIN LOGIN"]
 
@@ -806,8 +806,6 @@ class Maildir:
     new/, so that nobody reads half of one. Mail readers move what they have shown to cur/.
     """
 
-    hostname = re.sub("[^A-Za-z0-9.-]", "-", socket.gethostname())
-
     def __init__(self, root: str) -> None:
         """Use a directory, or make the directory. Raise OSError if nothing can be written there."""
         self.root = os.path.abspath(root)
@@ -819,7 +817,7 @@ class Maildir:
 
     def mailbox(self, address: str) -> str:
         """Return the path of an address's mailbox. Make what is missing of the mailbox."""
-        # Trap: "../x" would be a path elsewhere, "con.x" a device of Windows, and a long name none
+        # Trap: "../x" would be a path elsewhere, "con.x" a device of Windows, and a long name fails
         name = urllib.parse.quote(address.lower(), safe="@+")
         if re.match(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])?(\.|$)", name):
             name = "%" + name
@@ -864,26 +862,21 @@ class Maildir:
             f"Return-Path: <{envelope.sender}>\n"
             f"Delivered-To: {recipient}\n"
             f"Received: from {envelope.helo} ([{peer}])\n"
-            f"\tby {self.hostname} with {envelope.protocol} id {name};\n"
+            f"\tby {socket.gethostname()} with {envelope.protocol} id {name};\n"
             f"\t{email.utils.formatdate(localtime=True)}\n"
         )
         if envelope.content.startswith((b" ", b"\t")):
             head += "\n"  # or the message would continue our last line
         with open(path, "xb", opener=partial(os.open, mode=0o600)) as file:
             file.write(head.encode())
-            start = 0
-            view = memoryview(envelope.content)  # its slices are no copies: the content is large
-            for end in re.finditer(b"\r\n", envelope.content):
-                file.write(view[start : end.start()])
-                file.write(b"\n")
-                start = end.end()
-            file.write(view[start:])
+            for line in io.BytesIO(envelope.content):
+                file.write(line.replace(b"\r\n", b"\n"))
             file.flush()
             os.fsync(file.fileno())  # Trap: before this, a crash would lose the file
 
 
 def sync(directory: str) -> None:
-    """Have the disk keep the names in a directory."""
+    """Write the names in a directory to the disk, or a crash could lose them."""
     if os.name != "nt":  # Windows has no call for that
         descriptor = os.open(directory, os.O_RDONLY)
         try:
@@ -1080,16 +1073,16 @@ class POP3Handler(LineHandler):
         """SUBSCRIBE - sends each message as it comes, until you send a line"""
         self.numbers()
         self.reply(250, "Send a line to stop")
-        while self.client_is_silent(0.2):
+        while self.client_is_silent():
             for number in self.look():
                 with suppress(Refused):  # a mail reader has deleted the message
                     self.send_message(number)
         self.read_line()
         self.reply(250, "Stopped")
 
-    def client_is_silent(self, seconds: float) -> bool:
-        """Wait for input from the client. Return False if some has come, or its end, else True."""
-        self.connection.settimeout(seconds)
+    def client_is_silent(self) -> bool:
+        """Wait 0.2 seconds for input. Return False if some has come, or its end, else True."""
+        self.connection.settimeout(0.2)
         try:
             # peek() looks into the buffer of rfile, then into that of TLS, then waits.
             self.rfile.peek(1)  # type: ignore[attr-defined]
@@ -1142,7 +1135,7 @@ class Console(logging.Handler):
             self.lines.put(line + "\n")
 
     def print_lines(self) -> None:
-        """Print what comes: all that waits at once, or lines would come faster than they go."""
+        """Print what comes: all that waits in one go; one line at a time would be too slow."""
         while True:
             waiting = [self.lines.get()]
             waiting += [self.lines.get() for _ in range(self.lines.qsize())]
@@ -1189,7 +1182,7 @@ def users_file(path: str) -> dict[str, str]:
     with open(path, encoding="utf-8-sig") as file:
         lines = [line.strip() for line in file]
     users = dict(line.split(":", 1) for line in lines if line and not line.startswith("#"))
-    if not users or not all(users) or not all(users.values()):
+    if not users or "" in users or "" in users.values():
         raise ValueError
     return users
 
@@ -1201,21 +1194,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mailserver.py", usage=argparse.SUPPRESS, description=about, epilog=example
     )
-    add, given = parser.add_argument, "(%(default)s)"
-    add("--host", default="127.0.0.1", help=f"address to listen on {given}; 0.0.0.0 is all")
-    add("--port", type=int, default=2525, help=f"port to listen on {given}; 0 takes a free one")
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1); 0.0.0.0 is all")
+    add("--port", type=int, default=2525, help="port to listen on (2525); 0 takes a free one")
     add("--smtps-port", type=int, help="a port with TLS from the first byte; needs --tls")
     add("--pop3-port", type=int, help="a port where mail can be collected; needs --maildir")
     add("--maildir", type=Maildir, metavar="DIR", help="keep the mail in this directory")
     add("--tls", nargs=2, metavar=("CERT", "KEY"), help="offer TLS; make cert makes both files")
     add("--users", type=users_file, default={}, metavar="FILE", help="lines of name:password")
     add("--require-auth", action="store_true", help="take mail only after AUTH")
-    several: dict[str, Any] = {"action": "append", "default": []}  # these may come more than once
-    add("--list", dest="lists", type=mailing_list, help="list of people: team=a@x,b@x", **several)
-    add("--fail", type=failure, help="refuse a command: RCPT=450", **several)
+    hint = "list of people: team=a@x,b@x"
+    add("--list", action="append", default=[], dest="lists", type=mailing_list, help=hint)
+    add("--fail", action="append", default=[], type=failure, help="refuse a command: RCPT=450")
     add("--serial", action="store_true", help="serve one client at a time")
-    add("--max-size", type=positive, default=10 * 2**20, help=f"octets in a message {given}")
-    add("--max-clients", type=positive, default=500, help=f"clients at the same time {given}")
+    add("--max-size", type=positive, default=10 * 2**20, help="octets in a message (10485760)")
+    add("--max-clients", type=positive, default=500, help="clients at the same time (500)")
     hint = "seconds to wait for a client (300; with POP3 600)"
     add("--timeout", type=positive, default=argparse.SUPPRESS, help=hint)
     add("--quiet", action="store_true", help="do not show the dialogues")
@@ -1254,9 +1247,7 @@ def make_servers(flags: argparse.Namespace, handler: type[SecureHandler]) -> dic
     return servers
 
 
-def listen(
-    flags: argparse.Namespace, port: int, handler: type[LineHandler], **settings: Any
-) -> MailServer:
+def listen(flags: Any, port: int, handler: type[LineHandler], **settings: Any) -> MailServer:
     """Return a server at a port, with the flags that its handler knows. Raise ValueError."""
     for name, value in vars(flags).items():
         if hasattr(handler, name) or name in ("serial", "subscribers"):
@@ -1271,7 +1262,7 @@ def listen(
 def interrupt(*_: object) -> None:
     """Raise KeyboardInterrupt at the first Ctrl-C or TERM. Do nothing at the next ones."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
