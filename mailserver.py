@@ -1207,10 +1207,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--list", action="append", default=[], dest="lists", type=mailing_list, help=hint)
     add("--fail", action="append", default=[], type=failure, help="refuse a command: RCPT=450")
     add("--serial", action="store_true", help="serve one client at a time")
-    add("--max-size", type=positive, default=10 * 2**20, help="octets in a message (10485760)")
-    add("--max-clients", type=positive, default=500, help="clients at the same time (500)")
-    hint = "seconds to wait for a client (300; with POP3 600)"
-    add("--timeout", type=positive, default=argparse.SUPPRESS, help=hint)
+    add("--max-size", type=positive, help="octets in a message (10485760)")
+    add("--max-clients", type=positive, help="clients at the same time (500)")
+    add("--timeout", type=positive, help="seconds to wait for a client (300; with POP3 600)")
     add("--quiet", action="store_true", help="do not show the dialogues")
     add("--version", action="version", version=f"mailserver {__version__}")
     return parser
@@ -1238,7 +1237,8 @@ def make_servers(flags: argparse.Namespace, handler: type[SecureHandler]) -> dic
     for verb in flags.fail:
         if not hasattr(handler, "do_" + verb):
             raise ValueError(f"--fail {verb}: there is no such command")
-    flags.tls = tls_context(*flags.tls) if flags.tls else None
+    if flags.tls:
+        flags.tls = tls_context(*flags.tls)
     servers = {"SMTP": listen(flags, flags.port, handler)}
     if flags.smtps_port is not None:
         servers["SMTPS"] = listen(flags, flags.smtps_port, handler, tls_first=True)
@@ -1250,7 +1250,8 @@ def make_servers(flags: argparse.Namespace, handler: type[SecureHandler]) -> dic
 def listen(flags: Any, port: int, handler: type[LineHandler], **settings: Any) -> MailServer:
     """Return a server at a port, with the flags that its handler knows. Raise ValueError."""
     for name, value in vars(flags).items():
-        if hasattr(handler, name) or name in ("serial", "subscribers"):
+        known = hasattr(handler, name) or name in ("serial", "subscribers")
+        if known and value:  # a flag that was not given is None, False or empty
             settings[name] = value
     try:
         return MailServer((flags.host, port), handler, **settings)
