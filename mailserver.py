@@ -58,6 +58,7 @@ import email.utils
 import errno
 import hashlib
 import hmac
+import inspect
 import io
 import itertools
 import logging
@@ -409,7 +410,7 @@ def split_line(line: str) -> tuple[str, str]:
 
 def syntax(session: LineHandler, verb: str) -> str:
     """Return how to write a command, as its docstring says."""
-    text = getattr(session, "do_" + verb).__doc__ or f"{verb} ..."  # python -OO drops docstrings
+    text = inspect.getdoc(getattr(session, "do_" + verb)) or f"{verb} ..."  # there may be none
     return text.partition(" - ")[0]
 
 
@@ -631,7 +632,7 @@ class ESMTPHandler(SMTPHandler):
         if not verb:
             self.reply(214, " ".join(self.verbs), "Send HELP and a command to read more")
         elif verb in self.verbs:
-            self.reply(214, getattr(self, "do_" + verb).__doc__ or verb)
+            self.reply(214, inspect.getdoc(getattr(self, "do_" + verb)) or verb)
         else:
             raise Refused(504, "No such command: HELP lists them")
 
