@@ -614,7 +614,8 @@ class ESMTPHandler(SMTPHandler):
 
     def do_EHLO(self, arg: str) -> None:
         """EHLO your-domain.example - says who you are, and asks what there is"""
-        self.introduce("EHLO", "ESMTPS" if self.encrypted else "ESMTP", arg)  # RFC 3848
+        protocol = "ESMTPS" if self.encrypted else "ESMTP"  # RFC 3848; EHLO may follow AUTH, too
+        self.introduce("EHLO", protocol + ("A" if self.user else ""), arg)
         self.reply(250, "Hello", *self.extensions())
 
     def extensions(self) -> list[str]:

@@ -1690,6 +1690,7 @@ class WireTest(DialogueTest):
         with smtplib.SMTP("localhost", self.server.port, "ann.example.com") as client:
             client.starttls(context=ssl.create_default_context(cadata=CERTIFICATE_AND_KEY))
             client.login("ann", "secret")
+            client.ehlo()  # again, which changes nothing
             client.sendmail(*mail)
         (one,) = self.inbox
         came = one.sender, one.recipients, one.content.decode().replace("\r\n", "\n")
@@ -2300,9 +2301,8 @@ class ProcessTest(DialogueTest):
         """Start the program, with words for a shell behind it; return it when it answers at
         self.address. Its session 1 is over then."""
         self.address = ("127.0.0.1", free_port())
-        script = (
-            "import mailserver\nclass Mine(mailserver.SecureHandler): do_FAIL = do_MINE = None\n"
-        )
+        script = "import mailserver\nclass Mine(mailserver.SecureHandler):\n"
+        script += " do_FAIL = do_MINE = None\n lists = {'all': ['a@x.org']}\n"
         script += "mailserver.main(None, Mine, [lambda mail: mailserver.console.info('%s', mail)])"
         line = f'exec "$0" -c "$1" --port {self.address[1]} {" ".join(words.split())}'
         env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": ""}
@@ -2334,7 +2334,7 @@ class ProcessTest(DialogueTest):
         self.assertIn("\nEnvelope(sender='a@example.com'", out)  # from the subscriber
         self.assertNotIn("other machines", out)
         program = self.start("--quiet --host 0.0.0.0")
-        play(self.address, f"{EHLO}\n{BYE}")
+        play(self.address, f"{EHLO}\n{each('250 <a@x.org>', 'EXPN all')}\n{BYE}")
         self.assertRegex(self.end(program), r"\Amailserver .* listens .*\n.* other machines .*\n\Z")
 
     def test_flags_and_kill(self) -> None:
