@@ -122,7 +122,6 @@ class LineHandler(socketserver.StreamRequestHandler):
     last_code = 0  # of the last reply
     errors = 0  # how many replies had a code from 500 up
     client_newline = b"\r\n"  # how the client's last line ended: in CRLF, or in LF as nc sends
-    encrypted = False  # whether TLS is on (part 3)
 
     def setup(self) -> None:
         """Prepare the session."""
@@ -147,9 +146,7 @@ class LineHandler(socketserver.StreamRequestHandler):
                     self.reply(*refusal.args)
         except ClientGone as gone:
             self.log("-", f"gone {gone}")
-        except KeyboardInterrupt:
-            raise
-        except BaseException:  # a fault of this program, or of code that you have added
+        except (Exception, SystemExit):  # a fault of this program, or of code that you have added
             with suppress(ClientGone):
                 self.reply(421, "The server failed at this: try again later")
             self.server.handle_error(self.request, self.client_address)
@@ -162,11 +159,9 @@ class LineHandler(socketserver.StreamRequestHandler):
     def greet(self) -> None:
         """Say who we are, or why the client cannot stay."""
         self.log("-", f"connected from {self.peer}")
-        if self.server.stopping:
-            self.reply(421, STOPPING)
-        elif len(self.server.sessions) > self.max_clients:
+        if len(self.server.sessions) > self.max_clients:
             self.reply(421, "Too many clients: try again later")
-        else:
+        elif not self.server.stopping:  # else read_line() refuses, with 421
             self.reply(220, "Simple Mail Server")
 
     def read_line(self) -> str:
@@ -339,7 +334,7 @@ class SMTPHandler(LineHandler):
         newline = self.client_newline
         content = io.BytesIO()
         count = 0  # of lines
-        before = last = newline  # Trap: two, since 64 KiB of a line may end between CR and LF
+        before = last = newline  # Trap: keep two, since 64 KiB may end between CR and LF
         try:
             while (line := self.rfile.readline(64 * 1024)) and not self.server.stopping:
                 if line[0] == DOT and (before + last).endswith(newline):
@@ -387,13 +382,12 @@ class Envelope:
 
 
 DOT = ord(".")
-STOPPING = "The server is stopping: try again later"
 
 
 def input_ended(session: LineHandler, error: OSError | None = None) -> Exception:
     """Return what to raise when nothing more comes from the client."""
     if session.server.stopping:
-        return Refused(421, STOPPING)
+        return Refused(421, "The server is stopping: try again later")
     if isinstance(error, TimeoutError):
         return Refused(421, "No whole line came for too long: connect again")
     if session.last_code == 354:  # the reply to DATA
@@ -526,11 +520,8 @@ def typed_text(session: Any, line: bytes) -> str:
     if b"\xff\xfd\x06" in line:
         session.send(b"\xff\xfc\x06")
     line = re.sub(rb"(?s)\xff(?:[\xfb-\xfe].|\xfa[^\xff]*\xff\xf0|.)", b"", line)  # RFC 854
-    text = line.decode("utf-8", "backslashreplace").rstrip()
-    if text.isprintable():
-        return text
     typed: list[str] = []
-    for char in text:
+    for char in line.decode("utf-8", "backslashreplace").rstrip():
         if char not in "\b\x7f":
             typed.append(char)
         elif typed:
@@ -546,7 +537,8 @@ class ESMTPHandler(SMTPHandler):
     lists: dict[str, list[str]] = {}  # mailing lists: {"team": ["ann@example.com"]}
     fail: dict[str, int] = {}  # commands to refuse, to test a client: {"RCPT": 450}
 
-    decode = typed_text  # a function that takes the session: part 5 needs it, too
+    decode = typed_text  # a function as a method: self is its session. So in part 5
+    encrypted = False  # whether TLS is on (part 3)
     utf8 = False  # MAIL came with SMTPUTF8: addresses may have letters beyond ASCII
 
     # An address is local@domain (RFC 5321 4.1.2; beyond ASCII: RFC 6531 3.3). A path has "<" and
@@ -903,6 +895,7 @@ class POP3Handler(LineHandler):
     tls: ssl.SSLContext | None = None
 
     # The state of one session.
+    encrypted = False
     login_begun = False
     login_name = ""  # the address that USER has named
     mailbox_path = ""
