@@ -146,7 +146,7 @@ class LineHandler(socketserver.StreamRequestHandler):
                     self.reply(*refusal.args)
         except ClientGone as gone:
             self.log("-", f"gone {gone}")
-        except (Exception, SystemExit):  # a fault of this program, or of code that you have added
+        except BaseException:  # a fault of this program, or of code that you have added
             with suppress(ClientGone):
                 self.reply(421, "The server failed at this: try again later")
             self.server.handle_error(self.request, self.client_address)
