@@ -788,9 +788,9 @@ class Judge:
             self.play_levels()
         except (OSError, UnicodeError) as error:  # UnicodeError: there can be no such host
             if self.played:
-                self.end = f"; then the server was gone, look at its terminal: {error}"
+                self.end = f"; not played to the end (look at its terminal): {error}"
             else:
-                self.first_fault = f"not running, or not to be reached: {error}"
+                self.first_fault = f"not running: {error}"
         self.say(self.verdict())
         if not self.played:
             return NOT_RUNNING
@@ -856,14 +856,14 @@ class Judge:
         mail = accepted_mail(dialogue.text) if self.maildir else b""
         before = self.count(mail)
         if time.monotonic() > self.deadline:
-            raise TimeoutError(f"all in all, it takes too long; before: {dialogue.title}")
+            raise TimeoutError(f"it takes too long in all; at: {dialogue.title}")
         try:
             manner = {"patience": self.patience, "letter": self.letter, "typing": True}
             play(self.address, dialogue.text, dialogue.way, **manner)
         except Mismatch as mismatch:
             return str(mismatch)
         except OSError as error:
-            raise ConnectionError(f"{error}; before: {dialogue.title}") from None
+            raise ConnectionError(f"{error}; at: {dialogue.title}") from None
         deadline = time.monotonic() + self.patience
         while mail and self.count(mail) == before:
             if time.monotonic() > deadline:
@@ -2633,7 +2633,7 @@ class JudgeTest(DialogueTest):
             self.judge(ALL_PASSED, ": 1 of 1", tiny, text=text)
         ends = property(lambda session: session.server.stop() or b"220 Hi\r\n")
         with unittest.mock.patch.object(TinyServer, "greeting", ends):
-            shown = r": 1 of 3 dialogues passed; then the server was gone, .*; before: two\n$"
+            shown = r": 1 of 3 dialogues passed; not played to the end .*; at: two\n$"
             text = "one\nS: 220 Hi\n\ntwo\nS: 220 Hi\n\nthree\nS: 220 Hi"
             self.judge(SOME_FAILED, shown, self.place(TinyServer), text=text)
 
