@@ -520,8 +520,11 @@ def typed_text(session: Any, line: bytes) -> str:
     if b"\xff\xfd\x06" in line:
         session.send(b"\xff\xfc\x06")
     line = re.sub(rb"(?s)\xff(?:[\xfb-\xfe].|\xfa[^\xff]*\xff\xf0|.)", b"", line)  # RFC 854
+    text = line.decode("utf-8", "backslashreplace").rstrip()
+    if text.isprintable():  # as most lines are
+        return text
     typed: list[str] = []
-    for char in line.decode("utf-8", "backslashreplace").rstrip():
+    for char in text:
         if char not in "\b\x7f":
             typed.append(char)
         elif typed:
