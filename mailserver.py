@@ -666,8 +666,8 @@ def start_tls(session: Any) -> None:
         session.request = session.tls.wrap_socket(
             session.request, server_side=True, do_handshake_on_connect=False
         )
-        # Trap: take a new rfile; the old one has read ahead in the clear: who sent that?
-        # (CVE-2011-0411)
+        # Trap: take a new rfile. What the old one has read ahead came in the clear, and anybody
+        # may have sent it (CVE-2011-0411)
         socketserver.StreamRequestHandler.setup(session)
         session.connection.do_handshake()  # stop() can shut this connection down
     except OSError:
@@ -866,8 +866,13 @@ class Maildir:
             head += "\n"  # or the message would continue our last line
         with open(path, "xb", opener=partial(os.open, mode=0o600)) as file:
             file.write(head.encode())
-            for line in io.BytesIO(envelope.content):
-                file.write(line.replace(b"\r\n", b"\n"))
+            start = 0
+            view = memoryview(envelope.content)  # its slices are no copies: a line may be large
+            for end in re.finditer(b"\r\n", envelope.content):
+                file.write(view[start : end.start()])
+                file.write(b"\n")
+                start = end.end()
+            file.write(view[start:])
             file.flush()
             os.fsync(file.fileno())  # Trap: before this, a crash would lose the file
 

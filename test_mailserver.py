@@ -2125,8 +2125,6 @@ class KeepingTest(MaildirTest):
 
 
 class POP3Test(MaildirTest):
-    """Part 5, where a dialogue does not show it."""
-
     head = HEAD.partition("\nS: Subject")[0]  # the reply to RETR, and what we have put in front
 
     def log_in(self, messages: int, more: str = "") -> Client:
@@ -2154,20 +2152,22 @@ class POP3Test(MaildirTest):
 
     def test_only_quit_deletes(self) -> None:
         """A mailbox is ours before it is read, and free before QUIT is answered."""
-        maildir = self.maildir
+        outer, keys = self, mailbox.Maildir.keys
 
         class Handler(POP3Handler):
-            def look(self) -> list[int]:
-                assert list(maildir.holders.values()) == [self]
-                return super().look()
-
             def reply(self, code: int, *lines: str) -> None:
-                assert code != 221 or not maildir.holders
+                if code == 221:
+                    outer.log_in(1).socket.close()
                 super().reply(code, *lines)
 
+        def look(box: Any) -> Any:
+            self.play(f"{BOB}\nS: -ERR [IN-USE] ...")
+            return keys(box)
+
         _, two = self.keep(), self.keep()
-        self.serve(Handler, maildir=maildir)
-        self.log_in(2, each("+OK ...", "DELE 1")).socket.close()
+        self.serve(Handler, maildir=self.maildir)
+        with unittest.mock.patch.object(mailbox.Maildir, "keys", look):
+            self.log_in(2, each("+OK ...", "DELE 1")).socket.close()
         wait_until(lambda: not self.server.sessions)
         self.log_in(2, f"{each('+OK ...', 'DELE 1')}\n{END}")
         self.assertEqual(files(self.root), [two])
@@ -2224,7 +2224,8 @@ class POP3Test(MaildirTest):
     def test_a_subscriber_that_does_not_read(self) -> None:
         self.serve(POP3Handler, maildir=self.maildir, timeout=0.3)
         self.log_in(0, "C: SUBSCRIBE\nS: +OK ...")
-        envelope = Envelope("", ["bob@example.com"], (b"x" * 1022 + b"\r\n") * 2**15)
+        content = (b"x" * 1022 + b"\r\n") * 2**14 + b"x" * 2**24 + b"\r\n"
+        envelope = Envelope("", ["bob@example.com"], content)
         self.stack.callback(tracemalloc.stop)
         tracemalloc.start()
         self.maildir.keep(envelope)
@@ -2233,8 +2234,6 @@ class POP3Test(MaildirTest):
 
 
 class FlagTest(DialogueTest):
-    """The command line, up to where the program would serve."""
-
     def main(self, *flags: str) -> tuple[Any, str]:
         """Call main(); return its exit status and what it printed on stdout."""
         with (
@@ -2283,14 +2282,15 @@ class FlagTest(DialogueTest):
         """Colour replies on a terminal, unless somebody does not want that."""
         for no_color, colours in (("", ["32", "33", "31", "31"]), ("1", [])):
             with (
-                unittest.mock.patch("sys.stdout"),  # says yes if asked whether it is a terminal
-                unittest.mock.patch.object(mailserver.Console, "print_lines"),
+                unittest.mock.patch("sys.stdout", encoding="ascii"),  # which says it is a terminal
+                unittest.mock.patch("os.write", side_effect=lambda _, data: len(data)) as write,
                 unittest.mock.patch.dict(os.environ, NO_COLOR=no_color, WT_SESSION="1"),
             ):
                 console = mailserver.Console()
-            for text in ("S: 250 OK", "S: 450 No", "S: 500 No", "S: -ERR", "C: 500"):
-                console.emit(logging.makeLogRecord({"msg": f"[1 x] {text}"}))
-            shown = "".join(console.lines.get(timeout=PATIENCE) for _ in range(5))
+                for text in ("S: 250 OK", "S: 450 No", "S: 500 No", "S: -ERR", "C: 500"):
+                    console.emit(logging.makeLogRecord({"msg": f"[1 x] {text}"}))
+                console.close()
+            shown = b"".join(call.args[1] for call in write.mock_calls).decode()
             self.assertEqual(re.findall(r"\x1b\[(\d+)m\[1 x\] S: .*\x1b\[0m\n", shown), colours)
 
 
